@@ -1,0 +1,20 @@
+# setup · demo · test; each makes .venv first when it is missing or out of date
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'peft_study needs Python 3.11 or later, this is ' + sys.version.split()[0])"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/peft-study demo
+
+# notebooks first: each is prose, code and the tests of that code
+test: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2
+	$(BIN)/python -m pytest -q

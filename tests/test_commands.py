@@ -1,0 +1,162 @@
+"The command as its users meet it: bad input, one run from end to end, the same run again, a kill in the middle."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import nbformat, pytest
+from conftest import QUICK, REPO
+
+RTE = ["run", "--task", "rte", "--method", "lora", *QUICK]
+
+
+def rte_folder(path, rows=8, **files):
+    "A GLUE folder with a small RTE; keyword arguments replace a file's text, or leave it out when None."
+    (path/"RTE").mkdir(parents=True)
+    header, words = "index\tsentence1\tsentence2\tlabel", ("entailment", "not_entailment")
+    text = "\n".join([header, *(f"{i}\tIt rains.\tIt snows.\t{words[i % 2]}" for i in range(rows))]) + "\n"
+    for split, content in (dict(train=text, dev=text) | files).items():
+        if content is not None: (path/"RTE"/f"{split}.tsv").write_text(content)
+    return path
+
+
+def with_last_row(row): return "index\tsentence1\tsentence2\tlabel\n0\tIt rains.\tIt snows.\tentailment\n" + row + "\n"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--task", "imdb"], "unknown task_name 'imdb': use one of cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli"),
+    (["--method", "lorra"], "unknown method 'lorra': use one of"),
+    (["--checkpoint", "no/such/folder"], "checkpoint 'no/such/folder' cannot be loaded"),
+    (["--data", "no/such/folder"], "data 'no/such/folder': no such folder"),
+    (["--rank", "0"], "rank must be at least 1, got '0'"),
+    (["--rank", "385"], "rank must be at most the layer's width 384, got 385"),
+    (["--rank", "many"], "rank"),
+    (["--method", "full", "--top_k", "7"], "top_k must be at most the encoder's 6 layers, got 7"),
+    (["--method", "adapter", "--bottleneck-size", "1000"], "bottleneck_size must be at most the encoder's hidden size 384"),
+    (["--method", "adapter", "--rank", "4"], "unknown setting 'rank' for method adapter: it has bottleneck_size"),
+    (["--lr", "-1e-4"], "lr must be greater than 0"),
+    (["--n-epochs", "0"], "n_epochs must be at least 1"),
+    (["--epochs", "0"], "n_epochs must be at least 1"),
+    (["--batch-size", "0"], "batch_size must be at least 1"),
+    (["--targets", "query,keys"], "targets must be of query, key, value"),
+    (["--precision", "fp8"], "precision must be 'fp32', 'bf16' or 'auto'"),
+    (["--max-length", "1000"], "max_length must be at most the encoder's 512 positions"),
+    (["--rnak", "4"], "unknown setting 'rnak' for method lora"),
+    (["--task", "qqp"], "the synthetic demo data has no task 'qqp'"),
+    (["--processes", "0"], "processes"),
+    (["stray"], "unexpected argument 'stray'"),
+], ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_bad_flag(command, tmp_path, flags, message):
+    code, out, err = command(*RTE, *flags)
+    assert code == 2 and message in err, err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err and out == ""
+    assert not (tmp_path/"outputs").exists()
+
+
+@pytest.mark.parametrize("files, message", [
+    (dict(train=with_last_row("1\tIt rains.\tentailment")), "RTE/train.tsv line 3: 3 columns, expected 4"),
+    (dict(train=with_last_row("1\tIt rains.\tIt snows.\tperhaps")), "RTE/train.tsv line 3: unknown label 'perhaps', expected one of entailment, not_entailment"),
+    (dict(dev=with_last_row("")), "RTE/dev.tsv line 3: 1 columns, expected 4"),
+    (dict(test="index\tsentence1\n0\tIt rains.\n"), "RTE/test.tsv: no column 'sentence2' in its header"),
+    (dict(train=None), "RTE/train.tsv is missing; RTE needs its train and dev files"),
+    (dict(dev=None), "RTE/dev.tsv is missing"),
+], ids=["columns", "label", "empty-line", "header", "no-train", "no-dev"])
+def test_bad_data(command, tmp_path, files, message):
+    code, out, err = command(*RTE, "--data", rte_folder(tmp_path/"glue", **files))
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path/"outputs").exists()
+
+
+def test_unwritable_outputs(command, tmp_path):
+    (tmp_path/"file").write_text("in the way")
+    code, out, err = command(*RTE, outputs=tmp_path/"file")
+    assert code == 2 and "cannot be written" in err and len(err.strip().splitlines()) == 1, err
+    assert (tmp_path/"file").read_text() == "in the way"
+
+
+def test_unknown_key_in_settings(command, tmp_path):
+    (tmp_path/"settings.ini").write_text("[mine]\ntask_name = rte\nsed = 1\n[mine.lora]\n")
+    code, out, err = command("study", "mine", cwd=tmp_path)
+    assert code == 2 and "settings.ini [mine.lora]: unknown setting 'sed'" in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_unknown_papermill_parameter(tmp_path):
+    from papermill import PapermillExecutionError, execute_notebook
+    from peft_study.sweep import template
+    with pytest.raises(PapermillExecutionError, match="unknown setting 'sed' for method lora"):
+        execute_notebook(template(), tmp_path/"out.ipynb", dict(sed=1, outputs=str(tmp_path/"outputs")), kernel_name="python3", progress_bar=False)
+    assert not (tmp_path/"outputs").exists()
+
+
+def test_hub_without_network(command, tmp_path):
+    offline = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path/"hf"))
+    code, out, err = command("run", "--task", "rte", "--method", "lora", "--checkpoint", "minilm", "--data", "hub", env=offline)
+    assert code == 2 and "give a GLUE folder or 'demo' as data" in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_run_twice_and_again(command, tmp_path):
+    "One run from end to end; the same elsewhere has the same bits; a finished one is left alone."
+    args = [*RTE, "--rank", "2", "--train-pooler"]
+    for outputs in ("a", "b"):
+        code, out, err = command(*args, outputs=tmp_path/outputs)
+        assert code == 0, err
+        assert "(synthetic)" in out and "of 22,8" in out
+    (a,), (b,) = [list((tmp_path/o/"adhoc/runs").iterdir()) for o in "ab"]
+    assert a.name == b.name and a.name.startswith("rte-lora-r2-s0-")
+    for file in ("adapter/adapter_model.safetensors", "predictions/dev.tsv", "predictions/test.tsv", "config.json"):
+        assert (a/file).read_bytes() == (b/file).read_bytes(), file
+    losses = [[m["loss"] for m in map(json.loads, (f/"metrics.jsonl").read_text().splitlines()) if "loss" in m] for f in (a, b)]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    result = json.loads((a/"result.json").read_text())
+    assert result["dev"] == json.loads((b/"result.json").read_text())["dev"]
+    assert len((a/"predictions/dev.tsv").read_text().splitlines()) == 33
+    notebook = nbformat.read(a/"notebook.ipynb", 4)
+    assert not [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+
+    before = (a/"result.json").stat().st_mtime_ns
+    code, out, err = command(*args, outputs=tmp_path/"a")
+    assert code == 0 and "is finished already" in out and (a/"result.json").stat().st_mtime_ns == before
+
+    code, out, err = command("evaluate", a, takes_outputs=False)
+    assert code == 0 and f"score      {result['score']:.6f}" in out
+    code, out, err = command("list", outputs=tmp_path/"a")
+    assert code == 0 and "done" in out and a.name in out
+    assert (tmp_path/"a/adhoc/results.csv").read_text().splitlines()[1].startswith(f"{a.name},r2,")
+
+
+def test_kill_in_the_middle(command, tmp_path):
+    "After kill -9 nothing counts as a result, and the same command ends as if nothing had happened."
+    args = ["run", "--task", "cola", "--method", "lora", "--checkpoint", "minilm", "--data", "demo", "--max-train-examples", "320", "--max-eval-examples", "32", "--epochs", "2"]
+    child = subprocess.Popen([sys.executable, "-c", "from peft_study.cli import main; main()", *args, "--outputs", str(tmp_path/"killed")], cwd=REPO,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    end = time.time() + 120
+    while not list((tmp_path/"killed").glob("adhoc/runs/*/metrics.jsonl")) and time.time() < end: time.sleep(.05)
+    os.killpg(child.pid, signal.SIGKILL); child.wait()
+    (folder,) = (tmp_path/"killed/adhoc/runs").iterdir()
+    assert not (folder/"result.json").exists()
+    time.sleep(5)    # the kernel notices that its parent is gone
+    for outputs in ("killed", "quiet"):
+        code, out, err = command(*args, outputs=tmp_path/outputs)
+        assert code == 0, err
+    assert (folder/"adapter/adapter_model.safetensors").read_bytes() == (tmp_path/"quiet/adhoc/runs"/folder.name/"adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_own_method(command, tmp_path):
+    "A method in a file of the user's own, with a setting of its own."
+    (tmp_path/"mine.py").write_text(
+        "from pydantic import Field\nfrom peft_study.methods.core import Method\n"
+        "class Biases(Method):\n    lowest: int = Field(0, ge=0)\n"
+        "    def trains(self, name, sites): return name.endswith('bias') and (sites.layer_of(name) or 0) >= self.lowest\n")
+    code, out, err = command("run", "--task", "cola", "--method", "mine:Biases", "--lowest", "5", *QUICK, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert code == 0, err
+    (folder,) = (tmp_path/"outputs/adhoc/runs").iterdir()
+    assert folder.name.startswith("cola-Biases-") and json.loads((folder/"config.json").read_text())["lowest"] == 5
+
+
+def test_study(command, tmp_path):
+    "A declared study to its table and plot; again it has nothing to do."
+    (tmp_path/"settings.ini").write_text("[mine]\ntask_name = cola\ndata = demo\ncheckpoint = minilm\nmax_train_examples = 64\nmax_eval_examples = 32\nn_epochs = 1\n"
+                                         "[mine.lora]\nrank = 1 2\n[mine.full]\ntop_k = 1\n")
+    code, out, err = command("study", "mine", "--jobs", "2", cwd=tmp_path)
+    assert code == 0 and "3/3" in err, err
+    for file in ("results.csv", "score_vs_parameters.png", "score_vs_parameters.svg"): assert (tmp_path/"outputs/mine"/file).stat().st_size > 500
+    assert "synthetic" in out and out.count("lora") == 2
+    code, out, err = command("study", "mine", cwd=tmp_path)
+    assert code == 0 and "3 of 3 runs are finished already" in err

@@ -1,0 +1,40 @@
+"Two processes on a CPU give what one gives."
+import json, os, subprocess, sys
+import pytest
+from conftest import REPO
+from peft_study.config import RunConfig
+from peft_study.data import minilm_folder
+from peft_study.runs import read_metrics, read_result, run_folder, start_run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    "A small BERT with random weights, MiniLM's tokeniser, and no dropout."
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "full"])
+def test_losses_and_learning_rates(checkpoint, tmp_path, method):
+    # 75 examples in batches of 16: the last batch of an epoch has 11, so that two processes get unequal slices
+    config = RunConfig(task_name="rte", method=method, lr=5e-3, checkpoint=str(checkpoint), data="demo", n_epochs=4, batch_size=16,
+                       max_train_examples=75, max_eval_examples=51, max_steps=20)
+    found = {}
+    for processes in (1, 2):
+        folder = start_run(config, tmp_path/str(processes))
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "peft_study.train", str(folder)],
+                              env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, cwd=REPO)
+        assert done.returncode == 0, done.stderr
+        found[processes] = [m for m in read_metrics(folder) if "loss" in m], read_result(folder)
+    (one, result1), (two, result2) = found[1], found[2]
+    assert len(one) == len(two) == 20 and result2["provenance"]["processes"] == 2
+    assert [m["lr"] for m in one] == [m["lr"] for m in two]
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two)) < 1e-4
+    assert max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(one, two)) < 1e-3
+    assert len({m["loss"] for m in one}) == 20 and result1["dev"]["last"] == pytest.approx(result2["dev"]["last"])
