@@ -243,7 +243,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'peft_study.train.Log.add': ('train.html#log.add', 'peft_study/train.py'),
                                   'peft_study.train.Log.flush': ('train.html#log.flush', 'peft_study/train.py'),
                                   'peft_study.train.Log.write': ('train.html#log.write', 'peft_study/train.py'),
-                                  'peft_study.train.evaluate_splits': ('train.html#evaluate_splits', 'peft_study/train.py'),
                                   'peft_study.train.example_losses': ('train.html#example_losses', 'peft_study/train.py'),
                                   'peft_study.train.fit': ('train.html#fit', 'peft_study/train.py'),
                                   'peft_study.train.launch': ('train.html#launch', 'peft_study/train.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_dropout', 'example_losses', 'local_batch', 'train_step', 'make_optimizer', 'load_data', 'progress',
-           'status_line', 'Log', 'evaluate_splits', 'fit', 'peak_memory', 'run', 'launch', 'train']
+           'status_line', 'Log', 'fit', 'peak_memory', 'run', 'launch', 'train']
 
 # %% ../nbs/08_train.ipynb #6654d7f0
 import math, random, sys, time
@@ -121,16 +121,9 @@ class Log:
         self.accelerator.log({k: v for k, v in line.items() if k not in ("step", "steps")}, step=line["step"])
         self.show(progress(read_metrics(self.folder)))
 
-# %% ../nbs/08_train.ipynb #36ebfc30
-def evaluate_splits(model, data, config, pad_id, accelerator) -> tuple[dict, dict]:
-    "Scores of the labelled splits and logits of all but train."
-    task = get_task(config.task_name)
-    logits = {s: logits_of(model, rows, pad_id, accelerator) for s, rows in data.items() if s != "train"}
-    return {s: score(task, decide(task, l), data[s]["label"]) for s, l in logits.items() if splits(task)[s].labelled}, logits
-
-# %% ../nbs/08_train.ipynb #08c2589a
+# %% ../nbs/08_train.ipynb #0d5f4159
 def fit(config:RunConfig, folder:Path, accelerator, show):
-    "Train the run of `folder` from its start; return model, state to keep, data, scores and log."
+    "Train the run of `folder`; return the model to keep, the data, its logits on all splits but train, dev scores, and the log."
     import torch
     task, tokenizer = get_task(config.task_name), load_tokenizer(config.checkpoint)
     data, raw = load_data(config, tokenizer), build_model(config).to(accelerator.device)
@@ -141,7 +134,7 @@ def fit(config:RunConfig, folder:Path, accelerator, show):
     steps = min(config.n_epochs * per_epoch, config.max_steps or math.inf)
     optimizer, scheduler = make_optimizer(raw, config, steps)
     log = Log(folder, accelerator, steps, round(len(lengths) * steps / per_epoch), show)
-    every, step, epoch, best, history = max(1, steps // 200), 0, 0, None, []
+    every, step, epoch, best = max(1, steps // 200), 0, 0, None
     while step < steps:
         model.train()
         started = time.perf_counter()
@@ -158,16 +151,17 @@ def fit(config:RunConfig, folder:Path, accelerator, show):
         if log.losses: log.flush(step, step / per_epoch, lr, started)   # waits for the device, so that the clock is right
         log.seconds += time.perf_counter() - started
         epoch += 1
-        scores, _ = evaluate_splits(model, {"dev": data["dev"]}, config, pad_id, accelerator)
-        history.append(scores["dev"] | dict(epoch=epoch))
-        log.write(dict(step=step, epoch=epoch) | {f"dev_{k}": v for k, v in scores["dev"].items()})
-        if best is None or scores["dev"]["score"] > best["score"]:
-            best = history[-1]
-            if config.keep == "best": kept = {n: p.detach().clone() for n, p in trainable(raw).items()}
+        logits = logits_of(model, data["dev"], pad_id, accelerator)
+        last = score(task, decide(task, logits), data["dev"]["label"]) | dict(epoch=epoch)
+        log.write(dict(step=step) | {f"dev_{k}" if k != "epoch" else k: v for k, v in last.items()})
+        if best is None or last["score"] > best["score"]:
+            best, kept = last, (logits, {n: p.detach().clone() for n, p in trainable(raw).items()} if config.keep == "best" else {})
     if config.keep == "best":
+        logits, state = kept
         with torch.no_grad():
-            for n, p in trainable(raw).items(): p.copy_(kept[n])
-    return raw, data, dict(last=history[-1], best=best), log
+            for n, p in trainable(raw).items(): p.copy_(state[n])
+    others = {s: logits_of(model, rows, pad_id, accelerator) for s, rows in data.items() if s not in ("train", "dev")}
+    return raw, data, {"dev": logits} | others, dict(last=last, best=best), log
 
 # %% ../nbs/08_train.ipynb #87295c42
 def peak_memory(device) -> int:
@@ -176,7 +170,7 @@ def peak_memory(device) -> int:
     if device.type == "cuda": return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_train.ipynb #20588b6f
+# %% ../nbs/08_train.ipynb #3ea986a1
 def run(config:RunConfig, folder:Path, show):
     "Train, predict and record one run; `result.json` comes last."
     from accelerate import Accelerator
@@ -190,10 +184,9 @@ def run(config:RunConfig, folder:Path, show):
         if accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         accelerator.init_trackers("tensorboard", config={k: str(v) for k, v in config.flat().items()})
     accelerator.wait_for_everyone()
-    model, data, dev, log = fit(config, folder, accelerator, show)
-    pad_id, task = load_tokenizer(config.checkpoint).pad_token_id, get_task(config.task_name)
-    others, logits = evaluate_splits(model, data, config, pad_id, accelerator)
+    model, data, logits, dev, log = fit(config, folder, accelerator, show)
     if accelerator.is_main_process:
+        task = get_task(config.task_name)
         for split, l in logits.items(): write_predictions(folder/"predictions"/f"{split}.tsv", task, data[split], l)
         adapter = save_adapter(model, config.method, folder/"adapter", dict(run_id=config.run_id, task_name=config.task_name, checkpoint=config.checkpoint))
         cost = dict(train_seconds=round(log.seconds, 2), examples_per_second=round(log.examples / log.seconds, 2),
@@ -201,7 +194,8 @@ def run(config:RunConfig, folder:Path, show):
                     peak_memory_bytes=peak_memory(accelerator.device), adapter_bytes=adapter)
         result = dict(run_id=config.run_id, size=config.method.size, config=config.flat(), score=dev[config.keep]["score"], dev=dev, parameters=count(model), steps=log.steps, cost=cost,
                       provenance=provenance(config, accelerator.device.type, accelerator.num_processes))
-        write_json(folder/"result.json", result | {s: v for s, v in others.items() if s != "dev"})
+        also = {s: score(task, decide(task, l), data[s]["label"]) for s, l in logits.items() if s != "dev" and splits(task)[s].labelled}   # dev_mismatched
+        write_json(folder/"result.json", result | also)
     accelerator.end_training()
 
 # %% ../nbs/08_train.ipynb #3f9d8784
