@@ -13,8 +13,8 @@ from typing import Annotated, Optional
 import typer
 from .glue import BadInput, get_task
 
-# %% ../nbs/12_cli.ipynb #2a09aea8
-app = typer.Typer(help="A reproducible study of parameter-efficient fine-tuning on GLUE.", rich_markup_mode=None, add_completion=False, no_args_is_help=True,
+# %% ../nbs/12_cli.ipynb #27c75685
+app = typer.Typer(help="A reproducible study of parameter-efficient fine-tuning on GLUE.", rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True,
                   context_settings=dict(token_normalize_func=lambda token: token.replace("_", "-"), help_option_names=["-h", "--help"]))
 
 # %% ../nbs/12_cli.ipynb #7c242103
@@ -204,21 +204,18 @@ def evaluate(run_folder:Annotated[Path, typer.Argument(help="outputs/STUDY/runs/
     from peft_study.predict import evaluate
     for metric, value in evaluate(run_folder, split, data).items(): print(f"{metric:10} {value:.6f}")
 
-# %% ../nbs/12_cli.ipynb #38ebe841
+# %% ../nbs/12_cli.ipynb #9f93cb99
 @app.command()
 def methods():
     "The methods there are: what learns, how many parameters, who described it."
-    from rich.console import Console
-    from rich.table import Table
     from peft_study.methods.core import find_method, method_names
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("method", "what learns", "parameters without the head", "settings", "start", "merges", "source"): table.add_column(column, overflow="fold")
     for name in method_names():
         m = find_method(name)()
-        table.add_row(name, m.trained, m.formula, " ".join(type(m).model_fields), m.start, "yes" if m.mergeable else "no", m.source)
-    console = Console()
-    console.print(table)
-    console.print("H hidden size, L layers, F feed-forward width; m, r, k a method's size", style="dim", highlight=False)
+        settings = " ".join(f"{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in m.model_dump().items())
+        print(f"{name:10}{m.trained}", f"parameters  {m.formula}; and the head", f"settings    {settings}", f"default lr  {m.default_lr:g}",
+              f"start       {dict(exact='exactly', near='nearly', other='not')[m.start]} the encoder; merges into it: {'yes' if m.mergeable else 'no'}",
+              f"source      {m.source}", sep="\n" + " " * 10, end="\n\n")
+    print("H hidden size, L layers, F feed-forward width; m, r, k a method's size")
 
 # %% ../nbs/12_cli.ipynb #258bb1c2
 @app.command()

@@ -6,7 +6,8 @@
 __all__ = ['ROLES', 'FAMILIES', 'Family', 'get_family', 'Sites', 'Sizes', 'get_sizes', 'head_parameters', 'pooler_parameters',
            'tiny_config']
 
-# %% ../nbs/03_encoders.ipynb #a55dc116
+# %% ../nbs/03_encoders.ipynb #f7234fe4
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 from .glue import BadInput
@@ -53,7 +54,7 @@ def get_family(config # a 🤗 encoder config
     if kind not in FAMILIES: raise BadInput(f"checkpoint of type {kind!r} is not supported: use one of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
-# %% ../nbs/03_encoders.ipynb #6249b6b9
+# %% ../nbs/03_encoders.ipynb #0667a756
 class Sites(dict):
     "Role → module paths, one a layer from the bottom up; and which layer a parameter belongs to."
     def __init__(self, config):
@@ -61,12 +62,17 @@ class Sites(dict):
         self.layers = [family.layer.format(i) for i in range(self.depth)]
         super().__init__({r: [f"{layer}.{path}" for layer in self.layers] for r, path in family.roles.items()})
 
+    def pattern(self, roles) -> str:
+        "A regular expression that matches the whole path of every module in one of `roles`, as 🤗 peft wants it."
+        ends = "|".join(re.escape(self[role][0].removeprefix(self.layers[0])) for role in roles)
+        return re.escape(self.layers[0])[:-1] + rf"\d+({ends})"
+
     def layer_of(self, name:str # of a parameter
                 ) -> int|None:
         "The number of the layer that holds `name`, from 0; None for embeddings, pooler and head."
         return next((i for i, layer in enumerate(self.layers) if name.startswith(layer + ".")), None)
 
-# %% ../nbs/03_encoders.ipynb #d471879d
+# %% ../nbs/03_encoders.ipynb #e02938fb
 class Sizes(NamedTuple):
     "What parameter-count formulas are made of."
     H: int  # hidden size
@@ -75,15 +81,17 @@ class Sizes(NamedTuple):
     E: int  # width of the embeddings
     C: int  # outputs: classes, or 1 for regression
     N: int  # parameters of all LayerNorms of the encoder
+    B: int  # biases of the encoder
 
-# %% ../nbs/03_encoders.ipynb #856a8c2b
+# %% ../nbs/03_encoders.ipynb #3912488c
 def get_sizes(config # a 🤗 encoder config, with `num_labels`
              ) -> Sizes:
     "Sizes of an encoder, from its configuration alone."
     H, L, E = config.hidden_size, config.num_hidden_layers, getattr(config, "embedding_size", None) or config.hidden_size
     F = config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size
     extra = 2 * H if "layer_norm" in getattr(config, "norm_rel_ebd", "none") else 0  # DeBERTa normalises relative positions
-    return Sizes(H, L, F, E, config.num_labels, 2 * L * 2 * H + 2 * E + extra)
+    projection = H if config.model_type == "electra" and E != H else 0   # the bias between narrow embeddings and layers
+    return Sizes(H, L, F, E, config.num_labels, 2 * L * 2 * H + 2 * E + extra, L * (7 * H + F) + E + extra // 2 + projection)
 
 # %% ../nbs/03_encoders.ipynb #f96090d4
 def head_parameters(config) -> int:

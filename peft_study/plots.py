@@ -9,8 +9,9 @@ __all__ = ['COLOURS', 'layer_diagram', 'save', 'score_vs_parameters']
 import matplotlib.pyplot as plt
 from .glue import TASKS
 
-# %% ../nbs/11_plots.ipynb #6be2e5da
-COLOURS = dict(full="#0173b2", adapter="#de8f05", lora="#029e73", chance="#949494")
+# %% ../nbs/11_plots.ipynb #36589081
+COLOURS = dict(full="#0173b2", adapter="#de8f05", lora="#029e73", bitfit="#d55e00", prefix="#cc78bc", prompt="#ca9161", ia3="#56b4e9",
+               layernorm="#fbafe4", head="#949494")
 
 # %% ../nbs/11_plots.ipynb #3db9c3c3
 _boxes = dict(query=(0, 1.1), key=(0, 0), value=(0, -1.1), attention=(1.35, 0), attention_out=(2.8, 0), attention_end=(4.15, 0), plus1=(5.15, 0),
@@ -47,7 +48,7 @@ def save(fig, path # without suffix
     for suffix in (".png", ".svg"): fig.savefig(f"{path}{suffix}", dpi=150, bbox_inches="tight")
     plt.close(fig)
 
-# %% ../nbs/11_plots.ipynb #7e6b4fe6
+# %% ../nbs/11_plots.ipynb #4f5ee255
 def score_vs_parameters(table,        # rows of `results.load_runs`
                         title:str=""):
     "One panel a task; dots are runs, lines join the means over seeds of each size."
@@ -57,12 +58,15 @@ def score_vs_parameters(table,        # rows of `results.load_runs`
         runs = table[table.task_name == task]
         for i, (method, group) in enumerate(runs.groupby("method")):
             colour = COLOURS.get(method, f"C{i}")
-            ax.scatter(group.parameters_trainable, group.score, color=colour, alpha=.5, s=22, label=method)
+            ax.scatter(group.parameters_trainable, group.score, color=colour, alpha=.5, s=22)
             means = group.groupby("parameters_trainable").score.mean()
-            ax.plot(means.index, means, color=colour)
+            ax.plot(means.index, means, color=colour, marker="o", ms=4, label=method)
         metric = " and ".join(TASKS[task].metrics)
-        ax.set(xscale="log", title=f"{TASKS[task].title} ({len(runs)} runs)", xlabel="trainable parameters", ylabel=f"dev {metric}")
+        synthetic = "data" in runs and (runs.data == "demo").all()
+        name = f"synthetic {TASKS[task].kind}" if synthetic else TASKS[task].title
+        ax.set(xscale="log", title=f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})", xlabel="trainable parameters", ylabel=f"dev {metric}")
         ax.grid(alpha=.3); ax.margins(x=.15, y=.15)
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    fig.suptitle(title, fontsize=10); fig.tight_layout()
+    lines = {line.get_label(): line for ax in axes[0] for line in ax.lines}
+    fig.legend(lines.values(), lines, loc="lower center", ncol=len(lines), frameon=False, fontsize=9)
+    fig.suptitle(title, fontsize=10); fig.tight_layout(rect=(0, .06, 1, 1))
     return fig

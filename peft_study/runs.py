@@ -54,11 +54,11 @@ def read_config(folder) -> RunConfig:
     try: return RunConfig(**json.loads(file.read_text()))
     except json.JSONDecodeError as e: raise BadInput(f"{file}: not JSON ({e})") from None
 
-# %% ../nbs/06_runs.ipynb #d6fdaf3c
+# %% ../nbs/06_runs.ipynb #f3470de5
 def read_result(folder) -> dict|None:
     "What the run found, or None while it is not finished; a damaged file counts as not finished."
     try: result = json.loads((Path(folder)/"result.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError): return None
+    except (OSError, json.JSONDecodeError): return None
     return result if isinstance(result, dict) and "score" in result else None
 
 def is_done(folder) -> bool: return read_result(folder) is not None

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RunFailed', 'template', 'run_notebook', 'run_study']
 
-# %% ../nbs/09_sweep.ipynb #00ac0fbf
-import os, subprocess, sys, time
+# %% ../nbs/09_sweep.ipynb #8d4bb4ff
+import logging, os, subprocess, sys, time
 from pathlib import Path
 from threading import Event, Thread
 from .config import RunConfig, Study
@@ -28,7 +28,7 @@ def _watch(folder, show, stop:Event):
     from peft_study.train import progress
     while not stop.wait(.5): show(progress(read_metrics(folder)))
 
-# %% ../nbs/09_sweep.ipynb #54c8407a
+# %% ../nbs/09_sweep.ipynb #27d02795
 def run_notebook(config:RunConfig, outputs="outputs",
                  processes:int=1,
                  show=None # called with a line of progress, twice a second
@@ -37,12 +37,13 @@ def run_notebook(config:RunConfig, outputs="outputs",
     if is_done(folder := run_folder(config, outputs)): return folder
     from papermill import PapermillExecutionError, execute_notebook
     from nbclient.exceptions import DeadKernelError
+    logging.getLogger("papermill").setLevel(logging.ERROR)   # the template takes more parameters than its cell names
     folder, stop = start_run(config, outputs), Event()
     (folder/"metrics.jsonl").unlink(missing_ok=True)   # of an attempt that did not finish
     if show: Thread(target=_watch, args=(folder, show, stop), daemon=True).start()
     try:
         execute_notebook(template(), folder/"notebook.ipynb", dict(outputs=str(outputs), processes=processes, **config.flat()),
-                         kernel_name="python3", progress_bar=False, cwd=os.getcwd())
+                         kernel_name="python3", progress_bar=False, cwd=os.getcwd(), extra_arguments=["--IPKernelApp.log_level=40"])
     except PapermillExecutionError as e:
         write_atomic(folder/"error.txt", f"{e.ename}: {e.evalue}\n\n" + "\n".join(e.traceback) + "\n")
         raise (BadInput(e.evalue) if e.ename == "BadInput" else RunFailed(f"{config.run_id}: {e.ename}: {e.evalue}")) from None

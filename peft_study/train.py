@@ -42,14 +42,14 @@ def local_batch(rows, index:list[int], # of the global batch
     batch = collate(rows[mine], pad_id, regression)
     return batch | dict(weights=torch.full((len(mine),), 1 / len(index) if rank < len(index) else 0.))
 
-# %% ../nbs/08_train.ipynb #fd6da1e6
+# %% ../nbs/08_train.ipynb #dc0627c9
 def train_step(model, batch, optimizer, scheduler, accelerator, max_grad_norm:float):
     "One optimisation step; the loss of this process's slice, scaled for the mean over processes, and the gradient's norm."
     weights, labels = batch.pop("weights"), batch.pop("labels")
     losses = example_losses(model(**batch).logits.float(), labels)
     loss = (weights * losses).sum() * accelerator.num_processes   # gradients are averaged over processes
     accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"] + optimizer.param_groups[1]["params"], max_grad_norm)
+    norm = accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
     optimizer.step(); scheduler.step(); optimizer.zero_grad()
     return loss.detach(), norm
 

@@ -1,36 +1,46 @@
-"LoRA against 🤗 peft: the same initial values give the same logits, gradients and weights."
+"Against 🤗 peft: equal values give equal logits, gradients and weights, and each loads what the other saves."
 from copy import deepcopy
 import pytest, torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 from peft_study.encoders import ROLES, Sites, tiny_config
-from peft_study.methods.core import apply_method, random_batch, to_peft, trainable
+from peft_study.methods.core import apply_method, load_adapter, random_batch, save_adapter, to_peft, trainable
+from peft_study.methods.ia3 import IA3
 from peft_study.methods.lora import LoRA
 
-def pair(targets):
+def pair(method, peft_config):
     "Our model and peft's, dropout off, with equal values in all that learns."
     torch.manual_seed(0)
     config = tiny_config("bert", hidden_size=32, layers=3)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.
     base = AutoModelForSequenceClassification.from_config(config)
-    method = LoRA(rank=4, alpha=8, targets=targets)
     ours = apply_method(deepcopy(base), method)
-    theirs = get_peft_model(deepcopy(base), LoraConfig(r=4, lora_alpha=8, target_modules=method.peft_config(Sites(config))["target_modules"],
-                                                      task_type="SEQ_CLS", modules_to_save=["classifier"]))
+    theirs = get_peft_model(deepcopy(base), peft_config)
     named = {n.replace(".default", "").replace(".modules_to_save", ""): p for n, p in theirs.named_parameters() if p.requires_grad}
-    match = {n: named.pop(to_peft(n)) for n in trainable(ours)}
+    match = {n: named.pop(n if n in named else to_peft(n) if to_peft(n) in named else to_peft(n) + ".weight") for n in trainable(ours)}
     assert not named, "peft trains more than we do"
     with torch.no_grad():
         for n, p in trainable(ours).items():
-            if "lora_B" in n: p.normal_(std=.1)
+            if "classifier" not in n: p.add_(torch.randn_like(p), alpha=.1)
             match[n].copy_(p)
-    return ours.train(), theirs.train(), method, match
+    return ours.train(), theirs.train(), match
+
+
+def lora_pair(**settings):
+    method = LoRA(rank=4, alpha=8, **settings)
+    as_peft = LoraConfig(r=4, lora_alpha=8, target_modules=Sites(tiny_config("bert", layers=3)).pattern(method.targets), task_type="SEQ_CLS",
+                         use_rslora=method.rslora, use_dora=method.dora)
+    return pair(method, as_peft)
+
+
+def ia3_pair():
+    sites = Sites(tiny_config("bert", layers=3))
+    return pair(IA3(), IA3Config(task_type="SEQ_CLS", target_modules=sites.pattern(("key", "value", "ffn_out")), feedforward_modules=sites.pattern(("ffn_out",))))
+
 
 def close(a, b): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
-@pytest.mark.parametrize("targets", [("query", "value"), ("ffn_out",), ROLES], ids="-".join)
-def test_lora_is_peft_lora(targets):
-    ours, theirs, method, match = pair(targets)
+def same(ours, theirs, match):
     batch = random_batch(ours.config, batch=8)
     close(ours(**batch).logits, theirs(**batch).logits)
     for model in (ours, theirs): model(**batch).loss.backward()
@@ -38,8 +48,18 @@ def test_lora_is_peft_lora(targets):
         assert p.grad.abs().max() > 0, n
         close(p.grad, match[n].grad)
 
-def test_twenty_steps_of_adamw():
-    ours, theirs, method, match = pair(("query", "value"))
+
+@pytest.mark.parametrize("settings", [dict(), dict(targets=("ffn_out",)), dict(targets=ROLES), dict(rslora=True), dict(dora=True), dict(dora=True, targets=ROLES)],
+                         ids=["query-value", "ffn_out", "all", "rslora", "dora", "dora-all"])
+def test_lora(settings): same(*lora_pair(**settings))
+
+
+def test_ia3(): same(*ia3_pair())
+
+
+@pytest.mark.parametrize("make", [lora_pair, ia3_pair])
+def test_twenty_steps_of_adamw(make):
+    ours, theirs, match = make()
     start = {n: p.detach().clone() for n, p in trainable(ours).items()}
     for params, model in ((list(trainable(ours).values()), ours), (list(match.values()), theirs)):
         optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=.01)
@@ -48,3 +68,29 @@ def test_twenty_steps_of_adamw():
     for n, p in trainable(ours).items():
         assert (p - start[n]).abs().max() > 1e-3, f"{n} has not learned"
         close(p, match[n])
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2, alpha=6, targets=ROLES), LoRA(rank=2, rslora=True), LoRA(rank=2, dora=True), IA3()], ids=["lora", "rslora", "dora", "ia3"])
+def test_peft_loads_what_we_save(method, tmp_path):
+    base = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
+    ours = apply_method(deepcopy(base), method)
+    with torch.no_grad():
+        for p in trainable(ours).values(): p.add_(torch.randn_like(p), alpha=.3)
+    save_adapter(ours, method, tmp_path)
+    theirs, batch = PeftModel.from_pretrained(deepcopy(base), tmp_path).eval(), random_batch(base.config)
+    close(ours.eval()(**batch).logits, theirs(**batch).logits)
+    assert (ours(**batch).logits - base.eval()(**batch).logits).abs().max() > .01
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2, alpha=6, targets=ROLES), LoRA(rank=2, dora=True), IA3()], ids=["lora", "dora", "ia3"])
+def test_we_load_what_peft_saves(method, tmp_path):
+    base = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
+    known = {k: v for k, v in method.peft_config(Sites(base.config)).items() if k != "peft_type"}
+    theirs = get_peft_model(deepcopy(base), (IA3Config if isinstance(method, IA3) else LoraConfig)(task_type="SEQ_CLS", **known))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad: p.add_(torch.randn_like(p), alpha=.3)
+    theirs.save_pretrained(tmp_path)
+    ours, batch = apply_method(deepcopy(base), method), random_batch(base.config)
+    load_adapter(ours, method, tmp_path)
+    close(ours.eval()(**batch).logits, theirs.eval()(**batch).logits)

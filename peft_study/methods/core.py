@@ -77,18 +77,23 @@ def n_parameters(self:Method, s:Sizes) -> int|None:
     "The count that `formula` describes; None means all there are."
     return 0
 
-# %% ../../nbs/methods/00_core.ipynb #bfd57b78
+# %% ../../nbs/methods/00_core.ipynb #75e87886
 @patch
 def decays(self:Method, name:str) -> bool:
     "Whether weight decay acts on the parameter `name`."
     return not (name.endswith("bias") or "norm" in name.lower() or any(part in name for part in self.no_decay))
 
 @patch
+def lr_scale(self:Method, name:str) -> float:
+    "Factor of the learning rate of the parameter `name`."
+    return 1.
+
+@patch
 def groups(self:Method, model, lr:float, weight_decay:float) -> list[dict]:
-    "Optimiser groups of what learns: matrices with decay, the rest without."
-    learning = trainable(model)
-    return [dict(params=[p for n, p in learning.items() if self.decays(n) == decay], lr=lr, weight_decay=weight_decay if decay else 0.)
-            for decay in (True, False)]
+    "Optimiser groups of what learns: matrices with decay, the rest without, each at its learning rate."
+    split = {}
+    for n, p in trainable(model).items(): split.setdefault((self.decays(n), self.lr_scale(n)), []).append(p)
+    return [dict(params=params, lr=lr * scale, weight_decay=weight_decay if decay else 0.) for (decay, scale), params in split.items()]
 
 # %% ../../nbs/methods/00_core.ipynb #4989f915
 @patch
@@ -126,7 +131,7 @@ def find_method(name:str # a module of `peft_study/methods`, or `package.module:
     module = import_module(f"peft_study.methods.{name}")
     return next(c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__)
 
-# %% ../../nbs/methods/00_core.ipynb #7e1a3cef
+# %% ../../nbs/methods/00_core.ipynb #87a4fb21
 def apply_method(model,        # 🤗 …ForSequenceClassification, changed in place
                  method:Method,
                  seed:int=0,   # of the initial values of what is added
@@ -136,8 +141,9 @@ def apply_method(model,        # 🤗 …ForSequenceClassification, changed in p
     import torch
     sites, family = Sites(model.config), get_family(model.config)
     method.check(model.config)
-    heads = family.head + ((family.pooler,) if family.pooler and (train_pooler or method.trains_pooler) else ())
-    learns = {id(p): method.trains(n, sites) or n.startswith(tuple(h + "." for h in heads)) for n, p in model.named_parameters()}
+    pooler = (family.pooler,) if family.pooler else ()
+    def of(name, modules): return name.startswith(tuple(m + "." for m in modules))
+    learns = {id(p): of(n, family.head) or ((train_pooler or method.trains_pooler) if of(n, pooler) else method.trains(n, sites)) for n, p in model.named_parameters()}
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -166,10 +172,10 @@ def expected_parameters(method:Method, config, train_pooler:bool=False) -> int|N
 WEIGHTS, FACTS = "adapter_model.safetensors", "run.json"
 _prefix = "base_model.model."
 
-# %% ../../nbs/methods/00_core.ipynb #adee88fc
+# %% ../../nbs/methods/00_core.ipynb #01693a77
 def to_peft(name:str) -> str:
     "Our parameter name in peft's files: `….query.lora_A` is `base_model.model.….query.lora_A.weight`."
-    return _prefix + name + (".weight" if name.rpartition(".")[2].startswith("lora_") else "")
+    return _prefix + name + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
 
 # %% ../../nbs/methods/00_core.ipynb #61b32aaf
 def save_adapter(model, method:Method,
