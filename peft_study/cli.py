@@ -21,7 +21,7 @@ app = typer.Typer(help="A reproducible study of parameter-efficient fine-tuning 
 class Failed(Exception):
     "Something that was asked for properly did not work out: exit code 1."
 
-# %% ../nbs/12_cli.ipynb #1675e1ef
+# %% ../nbs/12_cli.ipynb #14cd793c
 def main():
     "What the console script calls."
     debug = "--debug" in sys.argv
@@ -30,6 +30,7 @@ def main():
     except KeyboardInterrupt: code, message = 130, "interrupted"
     except Exception as e:
         if debug: raise
+        if type(e).__name__ == "NoArgsIsHelpError": print(e.format_message()); sys.exit(2)
         bad = isinstance(e, BadInput) or hasattr(e, "format_message")   # the latter: what typer says of flags
         if not bad and not isinstance(e, Failed): raise
         code, message = (2 if bad else 1), e.format_message() if hasattr(e, "format_message") else str(e)

@@ -55,7 +55,7 @@ def _bf16_hardware() -> bool:
     if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
-# %% ../nbs/04_config.ipynb #30934651
+# %% ../nbs/04_config.ipynb #fb831aea
 class RunConfig(RunConfig):
     __doc__ = RunConfig.__doc__
 
@@ -79,6 +79,7 @@ class RunConfig(RunConfig):
         get_task(self.task_name)
         if not all(0 <= b < 1 for b in self.betas): raise ValueError(f"betas must be at least 0 and less than 1, got {self.betas}")
         if self.lr is None: object.__setattr__(self, "lr", self.method.default_lr)
+        if self.method.trains_pooler: object.__setattr__(self, "train_pooler", True)   # as it does in any case
         return self
 
 # %% ../nbs/04_config.ipynb #35f4d0e6
@@ -90,22 +91,23 @@ def flat(self:RunConfig) -> dict:
     items = list(settings.items())
     return dict(items[:at] + [("method", self.method.name), *self.method.model_dump(mode="json").items()] + items[at:])
 
-# %% ../nbs/04_config.ipynb #3b0cff15
+# %% ../nbs/04_config.ipynb #4fe5014f
 def checkpoint_fingerprint(checkpoint:str) -> str:
     "A folder by its configuration and weights; anything else is a name already."
-    if not Path(checkpoint).is_dir(): return checkpoint
+    if checkpoint == "minilm" or not Path(checkpoint).is_dir(): return checkpoint
     files = sorted(f for f in Path(checkpoint).iterdir() if f.suffix in (".safetensors", ".bin") or f.name in ("config.json", "tokenizer.json", "vocab.txt"))
     return hashlib.sha256("".join(f.name + file_hash(f) for f in files).encode()).hexdigest()[:16]
 
-# %% ../nbs/04_config.ipynb #347303af
+# %% ../nbs/04_config.ipynb #d7db9c3b
 @patch
 def identity(self:RunConfig) -> dict:
     "The settings that a run without them would not equal, and fingerprints for folders."
     flat = self.flat()
+    required = {k for k, f in (RunConfig.model_fields | type(self.method).model_fields).items() if f.is_required()}
     def without(k): return RunConfig(**{name: v for name, v in flat.items() if name != k})
-    needed = {k: v for k, v in flat.items() if k in ("task_name", "method") or (k != "study" and without(k) != self)}
+    needed = {k: v for k, v in flat.items() if k in required or (k != "study" and without(k) != self)}
     if self.data != "hub": needed["data"] = data_fingerprint(get_task(self.task_name), self.data)
-    if self.checkpoint != RunConfig.model_fields["checkpoint"].default: needed["checkpoint"] = checkpoint_fingerprint(self.checkpoint)
+    if (weights := checkpoint_fingerprint(self.checkpoint)) != self.checkpoint: needed["checkpoint"] = weights
     return needed
 
 @patch(as_prop=True)
@@ -137,7 +139,13 @@ def settings_file() -> Path:
     here = Path("settings.ini")
     return here if here.is_file() else Path(peft_study.__file__).parents[1]/"settings.ini"
 
-# %% ../nbs/04_config.ipynb #0672d79b
+# %% ../nbs/04_config.ipynb #50b1657d
+def _method_of(section:str) -> str:
+    "`study.METHOD` or `study.METHOD.label`; a method of one's own, `study.package.module:Class`, has no label."
+    method = section.split(".", 1)[1]
+    return method if ":" in method else method.split(".")[0]
+
+# %% ../nbs/04_config.ipynb #a26d6f14
 def read_study(name:str,           # a section of the file
                file=None,          # default: `settings_file()`
                overrides:dict={}   # setting → text, in the same grammar, for all sections
@@ -152,7 +160,7 @@ def read_study(name:str,           # a section of the file
     if name not in names: raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(names)}")
     common, configs = dict(ini[name]) if name in ini else {}, []
     for section in (s for s in ini.sections() if s.startswith(name + ".")):
-        settings = common | dict(ini[section]) | overrides | dict(study=name, method=section.split(".")[1])
+        settings = common | dict(ini[section]) | overrides | dict(study=name, method=_method_of(section))
         try: configs += [RunConfig(**point) for point in _grid(settings)]
         except BadInput as e: raise BadInput(f"{file.name} [{section}]: {e}") from None
     if not configs: raise BadInput(f"{file.name}: study {name!r} has no section [{name}.METHOD]")

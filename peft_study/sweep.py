@@ -28,7 +28,7 @@ def _watch(folder, show, stop:Event):
     from peft_study.train import progress
     while not stop.wait(.5): show(progress(read_metrics(folder)))
 
-# %% ../nbs/09_sweep.ipynb #27d02795
+# %% ../nbs/09_sweep.ipynb #5ee86888
 def run_notebook(config:RunConfig, outputs="outputs",
                  processes:int=1,
                  show=None # called with a line of progress, twice a second
@@ -39,7 +39,7 @@ def run_notebook(config:RunConfig, outputs="outputs",
     from nbclient.exceptions import DeadKernelError
     logging.getLogger("papermill").setLevel(logging.ERROR)   # the template takes more parameters than its cell names
     folder, stop = start_run(config, outputs), Event()
-    (folder/"metrics.jsonl").unlink(missing_ok=True)   # of an attempt that did not finish
+    for old in ("metrics.jsonl", "error.txt"): (folder/old).unlink(missing_ok=True)   # of an attempt that did not finish
     if show: Thread(target=_watch, args=(folder, show, stop), daemon=True).start()
     try:
         execute_notebook(template(), folder/"notebook.ipynb", dict(outputs=str(outputs), processes=processes, **config.flat()),
@@ -62,13 +62,14 @@ def _start(config, outputs, jobs):
     log = open(folder/"log.txt", "w")
     return subprocess.Popen([sys.executable, "-m", "peft_study.sweep", str(folder), str(outputs)], env=env, stdout=log, stderr=log)
 
-# %% ../nbs/09_sweep.ipynb #6fcbeb73
+# %% ../nbs/09_sweep.ipynb #bf61a465
 def run_study(study:Study, outputs="outputs", jobs:int=1,
               console=None # of rich
              ) -> tuple[list[Path], list[RunConfig]]: # folders that are complete, and configurations that failed
     "Complete all runs of a study."
     from rich.console import Console
     from rich.live import Live
+    from rich.markup import escape
     console = console or Console(stderr=True)
     folders = {c: run_folder(c, outputs) for c in study.configs}
     todo = [c for c in study.configs if not is_done(folders[c])]
@@ -85,7 +86,7 @@ def run_study(study:Study, outputs="outputs", jobs:int=1,
                     ended = total - len(todo) - len(running)
                     left = (time.time() - started) / ended * (total - ended)
                     if is_done(folders[config]): what = _outcome(folders[config])
-                    else: failed.append(config); what = f"[red]failed[/]: {_last_line(folders[config])}"
+                    else: failed.append(config); what = f"[red]failed[/]: {escape(_last_line(folders[config]))}"
                     console.print(f"{ended}/{total}  {config.run_id}  {what}  [dim]about {left / 60:.0f} min left[/]", highlight=False, soft_wrap=True)
                 live.update(_table(running, folders, f"{len(todo)} waiting"))
                 time.sleep(.2)

@@ -61,12 +61,14 @@ def make_optimizer(model, config:RunConfig, steps:int):
     optimizer = AdamW(config.method.groups(model, config.lr, config.weight_decay), betas=config.betas, eps=config.eps, fused=True)
     return optimizer, get_linear_schedule_with_warmup(optimizer, int(config.warmup_ratio * steps), steps)
 
-# %% ../nbs/08_train.ipynb #24a1228b
+# %% ../nbs/08_train.ipynb #259b03f7
 def load_data(config:RunConfig, tokenizer) -> dict: # split → tokenised rows
     "Train, dev, and whatever else of the task there is to predict."
     task, data = get_task(config.task_name), {}
     for split in splits(task):
-        if split not in ("train", "dev") and not has_split(task, split, config.data): continue
+        if split not in ("train", "dev") and not has_split(task, split, config.data):
+            print(f"{config.data} has no {splits(task)[split].file}: no predictions for {split}")
+            continue
         examples = read_split(task, split, config.data)
         if split == "train":   # a fixed shuffle, for official files are sorted in places
             examples = random.Random(0).sample(examples, min(config.max_train_examples, len(examples))) if config.max_train_examples else examples
@@ -121,7 +123,7 @@ class Log:
         self.accelerator.log({k: v for k, v in line.items() if k not in ("step", "steps")}, step=line["step"])
         self.show(progress(read_metrics(self.folder)))
 
-# %% ../nbs/08_train.ipynb #0d5f4159
+# %% ../nbs/08_train.ipynb #38e7dfb2
 def fit(config:RunConfig, folder:Path, accelerator, show):
     "Train the run of `folder`; return the model to keep, the data, its logits on all splits but train, dev scores, and the log."
     import torch
@@ -151,7 +153,7 @@ def fit(config:RunConfig, folder:Path, accelerator, show):
         if log.losses: log.flush(step, step / per_epoch, lr, started)   # waits for the device, so that the clock is right
         log.seconds += time.perf_counter() - started
         epoch += 1
-        logits = logits_of(model, data["dev"], pad_id, accelerator)
+        logits = logits_of(raw, data["dev"], pad_id, accelerator)   # not through DDP, whose forward waits for every process
         last = score(task, decide(task, logits), data["dev"]["label"]) | dict(epoch=epoch)
         log.write(dict(step=step) | {f"dev_{k}" if k != "epoch" else k: v for k, v in last.items()})
         if best is None or last["score"] > best["score"]:
@@ -160,7 +162,7 @@ def fit(config:RunConfig, folder:Path, accelerator, show):
         logits, state = kept
         with torch.no_grad():
             for n, p in trainable(raw).items(): p.copy_(state[n])
-    others = {s: logits_of(model, rows, pad_id, accelerator) for s, rows in data.items() if s not in ("train", "dev")}
+    others = {s: logits_of(raw, rows, pad_id, accelerator) for s, rows in data.items() if s not in ("train", "dev")}
     return raw, data, {"dev": logits} | others, dict(last=last, best=best), log
 
 # %% ../nbs/08_train.ipynb #87295c42
@@ -170,7 +172,7 @@ def peak_memory(device) -> int:
     if device.type == "cuda": return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_train.ipynb #3ea986a1
+# %% ../nbs/08_train.ipynb #6d55ab8b
 def run(config:RunConfig, folder:Path, show):
     "Train, predict and record one run; `result.json` comes last."
     from accelerate import Accelerator
@@ -179,7 +181,8 @@ def run(config:RunConfig, folder:Path, show):
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", log_with="tensorboard", project_dir=folder)
     if accelerator.is_main_process:
         import shutil, torch
-        for old in ("metrics.jsonl", "error.txt"): (folder/old).unlink(missing_ok=True)
+        for old in ("result.json", "metrics.jsonl", "error.txt"):   # the first of them makes a run count as done
+            (folder/old).unlink(missing_ok=True)
         for old in ("tensorboard", "adapter", "predictions"): shutil.rmtree(folder/old, ignore_errors=True)
         if accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         accelerator.init_trackers("tensorboard", config={k: str(v) for k, v in config.flat().items()})
@@ -231,7 +234,9 @@ def train(configs:list[RunConfig],
         folders.append(folder)
     return folders
 
-# %% ../nbs/08_train.ipynb #0cf69a5c
+# %% ../nbs/08_train.ipynb #9bffd084
 if __name__ == "__main__":
-    run_here = Path(sys.argv[1])
-    run(read_config(run_here), run_here, status_line())
+    try:
+        run_here = Path(sys.argv[1])
+        if not is_done(run_here): run(read_config(run_here), run_here, status_line())
+    except BadInput as e: sys.exit(f"peft_study.train: {e}")

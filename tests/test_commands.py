@@ -1,6 +1,5 @@
 "The command as its users meet it: bad input, one run from end to end, the same run again, a kill in the middle."
-import json, os, shutil, signal, subprocess, sys, time
-from pathlib import Path
+import json, os, signal, subprocess, sys, time
 import nbformat, pytest
 from conftest import QUICK, REPO
 
@@ -38,6 +37,7 @@ def with_last_row(row): return "index\tsentence1\tsentence2\tlabel\n0\tIt rains.
     (["--targets", "query,keys"], "targets must be of query, key, value"),
     (["--precision", "fp8"], "precision must be 'fp32', 'bf16' or 'auto'"),
     (["--max-length", "1000"], "max_length must be at most the encoder's 512 positions"),
+    (["--method", "json:dumps"], "method 'json:dumps' is no subclass"),
     (["--rnak", "4"], "unknown setting 'rnak' for method lora"),
     (["--task", "qqp"], "the synthetic demo data has no task 'qqp'"),
     (["--processes", "0"], "processes"),
@@ -85,8 +85,9 @@ def test_unknown_papermill_parameter(tmp_path):
     assert not (tmp_path/"outputs").exists()
 
 
-def test_hub_without_network(command, tmp_path):
-    offline = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path/"hf"))
+@pytest.mark.parametrize("how", [dict(HF_HUB_OFFLINE="1"), dict(HF_ENDPOINT="http://127.0.0.1:9")], ids=["offline", "unreachable"])
+def test_hub_without_network(command, tmp_path, how):
+    offline = os.environ | dict(HF_HOME=str(tmp_path/"hf")) | how
     code, out, err = command("run", "--task", "rte", "--method", "lora", "--checkpoint", "minilm", "--data", "hub", env=offline)
     assert code == 2 and "give a GLUE folder or 'demo' as data" in err and len(err.strip().splitlines()) == 1, err
 
@@ -160,3 +161,24 @@ def test_study(command, tmp_path):
     assert "synthetic" in out and out.count("lora") == 2
     code, out, err = command("study", "mine", cwd=tmp_path)
     assert code == 0 and "3 of 3 runs are finished already" in err
+
+
+def test_missing_task(command):
+    code, out, err = command("run", "--method", "lora")
+    assert code == 2 and err.strip() == "peft-study: task_name is missing"
+
+
+def test_notebook_by_hand(tmp_path):
+    "Run all, change a parameter, run all again, in one kernel; then only from the parameters on."
+    from peft_study.sweep import template
+    cells = [c.source for c in nbformat.read(template(), 4).cells if c.cell_type == "code"]
+    parameters = next(i for i, c in enumerate(cells) if c.startswith("task_name"))
+    quick = f"\nmax_train_examples = 32; max_eval_examples = 16; n_epochs = 1; outputs = {str(tmp_path)!r}\n"
+    script = "\n".join([*cells[:parameters + 1], quick, *cells[parameters + 1:]])
+    again = script.replace('task_name = "cola"', 'task_name = "mrpc"')
+    later = "\n".join([cells[parameters].replace('task_name = "cola"', 'task_name = "rte"'), quick, *cells[parameters + 1:]])
+    (tmp_path/"session.py").write_text("import matplotlib; matplotlib.use('Agg')\nfrom IPython.core.interactiveshell import InteractiveShell\nshell = InteractiveShell.instance()\n"
+                                       + "".join(f"assert shell.run_cell({s!r}).success\n" for s in (script, again, later)))
+    done = subprocess.run([sys.executable, str(tmp_path/"session.py")], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert sorted(f.name.split("-")[0] for f in (tmp_path/"adhoc/runs").iterdir()) == ["cola", "mrpc", "rte"]

@@ -1,12 +1,21 @@
 "Against 🤗 peft: equal values give equal logits, gradients and weights, and each loads what the other saves."
 from copy import deepcopy
 import pytest, torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
-from peft_study.encoders import ROLES, Sites, tiny_config
-from peft_study.methods.core import apply_method, load_adapter, random_batch, save_adapter, to_peft, trainable
+from peft_study.encoders import FAMILIES, ROLES, Sites, tiny_config
+from peft_study.methods.core import apply_method, load_adapter, random_batch, save_adapter, trainable
 from peft_study.methods.ia3 import IA3
 from peft_study.methods.lora import LoRA
+from peft_study.methods.prefix import Prefix
+from peft_study.methods.prompt import Prompt
+
+PEFT = {LoRA: LoraConfig, IA3: IA3Config, Prompt: PromptTuningConfig, Prefix: PrefixTuningConfig}
+
+def peft_parameter(saved, named):
+    "The live parameter that peft saves as `saved`."
+    return next(n for n in (saved, saved + ".weight", "prompt_encoder.embedding.weight") if n in named)
+
 
 def pair(method, peft_config):
     "Our model and peft's, dropout off, with equal values in all that learns."
@@ -17,7 +26,7 @@ def pair(method, peft_config):
     ours = apply_method(deepcopy(base), method)
     theirs = get_peft_model(deepcopy(base), peft_config)
     named = {n.replace(".default", "").replace(".modules_to_save", ""): p for n, p in theirs.named_parameters() if p.requires_grad}
-    match = {n: named.pop(n if n in named else to_peft(n) if to_peft(n) in named else to_peft(n) + ".weight") for n in trainable(ours)}
+    match = {n: named.pop(peft_parameter(method.peft_name(n), named)) for n in trainable(ours)}
     assert not named, "peft trains more than we do"
     with torch.no_grad():
         for n, p in trainable(ours).items():
@@ -38,6 +47,14 @@ def ia3_pair():
     return pair(IA3(), IA3Config(task_type="SEQ_CLS", target_modules=sites.pattern(("key", "value", "ffn_out")), feedforward_modules=sites.pattern(("ffn_out",))))
 
 
+def prompt_pair():
+    return pair(Prompt(prompt_length=4, read="first"), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
+
+
+def prefix_pair():
+    return pair(Prefix(prefix_length=4), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
+
+
 def close(a, b): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 def same(ours, theirs, match):
@@ -54,10 +71,11 @@ def same(ours, theirs, match):
 def test_lora(settings): same(*lora_pair(**settings))
 
 
-def test_ia3(): same(*ia3_pair())
+@pytest.mark.parametrize("make", [ia3_pair, prompt_pair, prefix_pair])
+def test_other_methods(make): same(*make())
 
 
-@pytest.mark.parametrize("make", [lora_pair, ia3_pair])
+@pytest.mark.parametrize("make", [lora_pair, ia3_pair, prompt_pair, prefix_pair])
 def test_twenty_steps_of_adamw(make):
     ours, theirs, match = make()
     start = {n: p.detach().clone() for n, p in trainable(ours).items()}
@@ -70,7 +88,8 @@ def test_twenty_steps_of_adamw(make):
         close(p, match[n])
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=2, alpha=6, targets=ROLES), LoRA(rank=2, rslora=True), LoRA(rank=2, dora=True), IA3()], ids=["lora", "rslora", "dora", "ia3"])
+@pytest.mark.parametrize("method", [LoRA(rank=2, alpha=6, targets=ROLES), LoRA(rank=2, rslora=True), LoRA(rank=2, dora=True), IA3(), Prompt(prompt_length=3, read="first"),
+                                    Prefix(prefix_length=3), Prefix(prefix_length=3, reparam=8)], ids=["lora", "rslora", "dora", "ia3", "prompt", "prefix", "prefix-reparam"])
 def test_peft_loads_what_we_save(method, tmp_path):
     base = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
     ours = apply_method(deepcopy(base), method)
@@ -82,11 +101,12 @@ def test_peft_loads_what_we_save(method, tmp_path):
     assert (ours(**batch).logits - base.eval()(**batch).logits).abs().max() > .01
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=2, alpha=6, targets=ROLES), LoRA(rank=2, dora=True), IA3()], ids=["lora", "dora", "ia3"])
+@pytest.mark.parametrize("method", [LoRA(rank=2, alpha=6, targets=ROLES), LoRA(rank=2, dora=True), IA3(), Prompt(prompt_length=3, read="first"), Prefix(prefix_length=3)],
+                         ids=["lora", "dora", "ia3", "prompt", "prefix"])
 def test_we_load_what_peft_saves(method, tmp_path):
     base = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
     known = {k: v for k, v in method.peft_config(Sites(base.config)).items() if k != "peft_type"}
-    theirs = get_peft_model(deepcopy(base), (IA3Config if isinstance(method, IA3) else LoraConfig)(task_type="SEQ_CLS", **known))
+    theirs = get_peft_model(deepcopy(base), PEFT[type(method)](task_type="SEQ_CLS", **known))
     with torch.no_grad():
         for p in theirs.parameters():
             if p.requires_grad: p.add_(torch.randn_like(p), alpha=.3)
@@ -94,3 +114,14 @@ def test_we_load_what_peft_saves(method, tmp_path):
     ours, batch = apply_method(deepcopy(base), method), random_batch(base.config)
     load_adapter(ours, method, tmp_path)
     close(ours.eval()(**batch).logits, theirs.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_peft_loads_every_family(kind, tmp_path):
+    base, method = AutoModelForSequenceClassification.from_config(tiny_config(kind)), LoRA(rank=2)
+    ours = apply_method(deepcopy(base), method, train_pooler=True)
+    with torch.no_grad():
+        for p in trainable(ours).values(): p.add_(torch.randn_like(p), alpha=.3)
+    save_adapter(ours, method, tmp_path)
+    theirs, batch = PeftModel.from_pretrained(deepcopy(base), tmp_path).eval(), random_batch(base.config)
+    close(ours.eval()(**batch).logits, theirs(**batch).logits)

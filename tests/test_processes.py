@@ -1,5 +1,5 @@
 "Two processes on a CPU give what one gives."
-import json, os, subprocess, sys
+import os, subprocess, sys
 import pytest
 from conftest import REPO
 from peft_study.config import RunConfig
@@ -20,16 +20,16 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter", "full"])
+@pytest.mark.parametrize("method", [dict(method="lora"), dict(method="adapter", bottleneck_size=8), dict(method="full")], ids=lambda m: m["method"])
 def test_losses_and_learning_rates(checkpoint, tmp_path, method):
     # 75 examples in batches of 16: the last batch of an epoch has 11, so that two processes get unequal slices
-    config = RunConfig(task_name="rte", method=method, lr=5e-3, checkpoint=str(checkpoint), data="demo", n_epochs=4, batch_size=16,
+    config = RunConfig(task_name="rte", **method, lr=5e-3, checkpoint=str(checkpoint), data="demo", n_epochs=4, batch_size=16,
                        max_train_examples=75, max_eval_examples=51, max_steps=20)
     found = {}
     for processes in (1, 2):
         folder = start_run(config, tmp_path/str(processes))
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "peft_study.train", str(folder)],
-                              env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, cwd=REPO)
+                              env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, cwd=REPO, timeout=300)
         assert done.returncode == 0, done.stderr
         found[processes] = [m for m in read_metrics(folder) if "loss" in m], read_result(folder)
     (one, result1), (two, result2) = found[1], found[2]
@@ -38,3 +38,12 @@ def test_losses_and_learning_rates(checkpoint, tmp_path, method):
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two)) < 1e-4
     assert max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(one, two)) < 1e-3
     assert len({m["loss"] for m in one}) == 20 and result1["dev"]["last"] == pytest.approx(result2["dev"]["last"])
+
+
+def test_run_in_two_processes(command, checkpoint, tmp_path):
+    code, out, err = command("run", "--task", "cola", "--method", "lora", "--data", "demo", "--checkpoint", checkpoint, "--max-train-examples", "64",
+                             "--max-eval-examples", "33", "--epochs", "2", "--processes", "2", timeout=300)
+    assert code == 0, err
+    (folder,) = (tmp_path/"outputs/adhoc/runs").iterdir()
+    result = read_result(folder)
+    assert result["provenance"]["processes"] == 2 and result["steps"] == 4

@@ -9,12 +9,13 @@ __all__ = ['BitFit']
 from ..encoders import Sites, Sizes
 from .core import Method
 
-# %% ../../nbs/methods/04_bitfit.ipynb #69342213
+# %% ../../nbs/methods/04_bitfit.ipynb #7bc8afe8
 class BitFit(Method):
     "All biases of the encoder, LayerNorms' included; the head learns as well."
     trained = "all biases of the encoder"
     formula = "L (7H + F) + E, and a few more where a family has more biases"
     source = "Ben Zaken et al. 2021"
+    mergeable = True   # it changes the encoder's own weights, or none
     default_lr = 2e-3
 
     def trains(self, name:str, sites:Sites) -> bool: return name.endswith("bias")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'FACTS', 'one_line', 'Method', 'method_names', 'find_method', 'apply_method', 'trainable', 'count',
-           'expected_parameters', 'to_peft', 'save_adapter', 'load_adapter', 'random_batch', 'check_method']
+           'expected_parameters', 'save_adapter', 'load_adapter', 'Reference', 'random_batch', 'check_method']
 
 # %% ../../nbs/methods/00_core.ipynb #26eacb1a
 import json
@@ -20,11 +20,12 @@ from ..glue import BadInput
 # %% ../../nbs/methods/00_core.ipynb #cd88e940
 _plain = {"Input should be ": "must be ", "greater than or equal to": "at least", "less than or equal to": "at most"}
 
-# %% ../../nbs/methods/00_core.ipynb #eeee4d66
+# %% ../../nbs/methods/00_core.ipynb #29f0bd03
 def one_line(error:ValidationError) -> str:
     "The first problem of a pydantic report, as `field must be at least 1, got 0`."
     first = error.errors()[0]
     field, message = ".".join(map(str, first["loc"])), first["msg"]
+    if first["type"] == "missing": return f"{field} is missing"
     if first["type"] == "extra_forbidden": return f"unknown setting {field!r}"
     for long, short in _plain.items(): message = message.replace(long, short)
     message = message.removeprefix("Value error, ")
@@ -57,10 +58,15 @@ class Method(BaseModel):
     @property
     def size(self) -> str: return "all"
 
-# %% ../../nbs/methods/00_core.ipynb #95245ff7
+# %% ../../nbs/methods/00_core.ipynb #74249396
 @patch
 def check(self:Method, config):
     "Raise `BadInput` where the hyperparameters do not fit the encoder's sizes."
+
+@patch
+def extra_positions(self:Method) -> int:
+    "Positions of the encoder that the method takes for itself."
+    return 0
 
 @patch
 def inject(self:Method, model, sites:Sites):
@@ -95,16 +101,16 @@ def groups(self:Method, model, lr:float, weight_decay:float) -> list[dict]:
     for n, p in trainable(model).items(): split.setdefault((self.decays(n), self.lr_scale(n)), []).append(p)
     return [dict(params=params, lr=lr * scale, weight_decay=weight_decay if decay else 0.) for (decay, scale), params in split.items()]
 
-# %% ../../nbs/methods/00_core.ipynb #4989f915
+# %% ../../nbs/methods/00_core.ipynb #1ac9c68d
 @patch
 def merge(self:Method, model):
     "Fold what was learned into the encoder's weights, in place."
-    raise BadInput(f"method {self.name!r} cannot be merged: {self.trained} is not a change of the encoder's weights")
+    if not self.mergeable: raise BadInput(f"method {self.name!r} cannot be merged: {self.trained or 'what it learns'} is no change of the encoder's weights")
 
 @patch
 def unmerge(self:Method, model):
     "Bring back the weights as they were before `merge`, bit for bit."
-    return self.merge(model)
+    if not self.mergeable: self.merge(model)
 
 @patch
 def peft_config(self:Method, sites:Sites) -> dict|None:
@@ -118,20 +124,22 @@ def method_names() -> list[str]:
     from peft_study import methods
     return sorted(m.name for m in iter_modules(methods.__path__) if m.name != "core")
 
-# %% ../../nbs/methods/00_core.ipynb #167f958c
+# %% ../../nbs/methods/00_core.ipynb #80d8bf3a
 def find_method(name:str # a module of `peft_study/methods`, or `package.module:Class`
                ) -> type[Method]:
     "The Method class called `name`; `BadInput` names those there are."
     if ":" in name:
         module, _, cls = name.partition(":")
-        try: return getattr(import_module(module), cls)
-        except (ImportError, AttributeError) as e: raise BadInput(f"method {name!r}: {e}") from None
+        try: found = getattr(import_module(module), cls)
+        except (ImportError, AttributeError, TypeError, ValueError) as e: raise BadInput(f"method {name!r}: {e}") from None
+        if not (isinstance(found, type) and issubclass(found, Method)): raise BadInput(f"method {name!r} is no subclass of peft_study.methods.core.Method")
+        return found
     if name not in method_names():
         raise BadInput(f"unknown method {name!r}: use one of {', '.join(method_names())}, or package.module:Class for your own")
     module = import_module(f"peft_study.methods.{name}")
     return next(c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__)
 
-# %% ../../nbs/methods/00_core.ipynb #87a4fb21
+# %% ../../nbs/methods/00_core.ipynb #878eb33e
 def apply_method(model,        # 🤗 …ForSequenceClassification, changed in place
                  method:Method,
                  seed:int=0,   # of the initial values of what is added
@@ -143,12 +151,13 @@ def apply_method(model,        # 🤗 …ForSequenceClassification, changed in p
     method.check(model.config)
     pooler = (family.pooler,) if family.pooler else ()
     def of(name, modules): return name.startswith(tuple(m + "." for m in modules))
-    learns = {id(p): of(n, family.head) or ((train_pooler or method.trains_pooler) if of(n, pooler) else method.trains(n, sites)) for n, p in model.named_parameters()}
+    originals = dict(model.named_parameters())   # kept, so that no new parameter takes the identity of one that is replaced
+    learns = {id(p): of(n, family.head) or ((train_pooler or method.trains_pooler) if of(n, pooler) else method.trains(n, sites)) for n, p in originals.items()}
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = method.inject(model, sites)
-    for p in model.parameters(): p.requires_grad_(learns.get(id(p), True))
+    for n, p in model.named_parameters(): p.requires_grad_(learns.get(id(p), True) and "original_module" not in n)   # 🤗 peft trains a copy of the head
     return model
 
 # %% ../../nbs/methods/00_core.ipynb #048b741a
@@ -168,36 +177,45 @@ def expected_parameters(method:Method, config, train_pooler:bool=False) -> int|N
     if n is None: return None
     return n + head_parameters(config) + (pooler_parameters(config) if train_pooler or method.trains_pooler else 0)
 
-# %% ../../nbs/methods/00_core.ipynb #1fcd8c4a
+# %% ../../nbs/methods/00_core.ipynb #80a02dd5
 WEIGHTS, FACTS = "adapter_model.safetensors", "run.json"
-_prefix = "base_model.model."
 
-# %% ../../nbs/methods/00_core.ipynb #01693a77
-def to_peft(name:str) -> str:
-    "Our parameter name in peft's files: `….query.lora_A` is `base_model.model.….query.lora_A.weight`."
-    return _prefix + name + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
+# %% ../../nbs/methods/00_core.ipynb #408bba80
+@patch
+def peft_name(self:Method, name:str) -> str:
+    "Our parameter name in peft's files."
+    return "base_model.model." + name
 
-# %% ../../nbs/methods/00_core.ipynb #61b32aaf
+@patch
+def state(self:Method, model) -> dict:
+    "Name → tensor, of what is saved."
+    return trainable(model)
+
+@patch
+def ready_to_load(self:Method, model):
+    "Bring a model that `apply_method` made into the form that `state` saves."
+
+# %% ../../nbs/methods/00_core.ipynb #cf1dd588
 def save_adapter(model, method:Method,
                  folder,          # made when missing
-                 facts:dict={},   # stands in run.json
-                 state:dict=None  # tensors by name, if not those of `model`
+                 facts:dict={}    # stands in run.json
                 ) -> int:         # bytes written
     "Write what learned to `folder`."
     from safetensors.torch import save_file
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     peft = method.peft_config(Sites(model.config))
-    state = {n: p.detach().to("cpu", copy=True).contiguous() for n, p in (state or trainable(model)).items()}
+    state = {n: p.detach().to("cpu", copy=True).contiguous() for n, p in method.state(model).items()}
     if peft:
         family = get_family(model.config)
-        parts = [m for m in (*family.head, family.pooler) if m and any(n.startswith(m + ".") for n in state)]
+        heads = dict.fromkeys(m.split(".")[0] for m in family.head)   # peft saves a head of two layers as one module
+        parts = [m for m in (*heads, family.pooler) if m and any(n.startswith(m + ".") for n in state)]
         peft |= dict(task_type="SEQ_CLS", inference_mode=True, base_model_name_or_path=facts.get("checkpoint"), modules_to_save=parts)
         (folder/"adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
-    save_file({to_peft(n) if peft else n: t for n, t in state.items()}, folder/WEIGHTS, metadata={"format": "pt"})
+    save_file({method.peft_name(n) if peft else n: t for n, t in state.items()}, folder/WEIGHTS, metadata={"format": "pt"})
     (folder/FACTS).write_text(json.dumps(dict(method=method.name, **method.model_dump(mode="json")) | facts, indent=2) + "\n")
     return (folder/WEIGHTS).stat().st_size
 
-# %% ../../nbs/methods/00_core.ipynb #acedef6f
+# %% ../../nbs/methods/00_core.ipynb #4a6c6f49
 def load_adapter(model,   # that `apply_method` made
                  method:Method,
                  folder):
@@ -209,7 +227,8 @@ def load_adapter(model,   # that `apply_method` made
     if not file.is_file(): raise BadInput(f"{file} is missing")
     try: state = load_file(file)
     except SafetensorError as e: raise BadInput(f"{file} cannot be read: {e}") from None
-    rename = to_peft if method.peft_config(Sites(model.config)) else str
+    method.ready_to_load(model)
+    rename = method.peft_name if method.peft_config(Sites(model.config)) else str
     expected = {rename(n): p for n, p in trainable(model).items()}
     if odd := sorted(expected.keys() ^ state.keys()):
         whose = "the folder lacks" if odd[0] in expected else "the model has no"
@@ -219,6 +238,18 @@ def load_adapter(model,   # that `apply_method` made
             raise BadInput(f"{folder} does not fit this model: {name} is {tuple(state[name].shape)} in the folder, {tuple(p.shape)} in the model")
     with torch.no_grad():
         for name, p in expected.items(): p.copy_(state[name])
+
+# %% ../../nbs/methods/00_core.ipynb #8a5980a3
+class Reference(Method):
+    "A method of 🤗 peft (extra `reference`), in this harness."
+    def official(self, sites:Sites): raise NotImplementedError   # a peft config
+
+    def inject(self, model, sites:Sites):
+        import warnings
+        from peft import get_peft_model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return get_peft_model(model, self.official(sites))
 
 # %% ../../nbs/methods/00_core.ipynb #bcc8d3c1
 def random_batch(config, batch:int=4, length:int=12, seed:int=0) -> dict:

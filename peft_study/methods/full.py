@@ -16,7 +16,7 @@ def layer_parameters(s:Sizes) -> int:
     "Parameters of one encoder layer."
     return 4 * (s.H**2 + s.H) + 2 * s.H * s.F + s.F + s.H + 4 * s.H
 
-# %% ../../nbs/methods/01_full.ipynb #a36fb360
+# %% ../../nbs/methods/01_full.ipynb #9486727f
 class Full(Method):
     "Full fine-tuning: all parameters, or those of the top `top_k` layers, pooler and head."
     top_k: int|None = Field(None, ge=1, description="train only the top k layers (default: everything)")
@@ -25,6 +25,7 @@ class Full(Method):
     trained = "the encoder's own weights"
     formula = "all; top_k=k: k (4H² + 2HF + 9H + F), and the pooler"
     source = "Devlin et al. 2019; Howard and Ruder 2018"
+    mergeable = True   # it changes the encoder's own weights, or none
     default_lr = 2e-5
     trains_pooler = True
 

@@ -9,12 +9,13 @@ __all__ = ['Head']
 from ..encoders import Sizes
 from .core import Method
 
-# %% ../../nbs/methods/05_head.ipynb #f1055162
+# %% ../../nbs/methods/05_head.ipynb #8a272831
 class Head(Method):
     "The head on the frozen encoder."
     trained = "nothing but the head"
     formula = "none"
     source = "Alain and Bengio 2016 (linear probes)"
+    mergeable = True   # it changes the encoder's own weights, or none
     default_lr = 5e-3
 
     def n_parameters(self, s:Sizes) -> int: return 0

@@ -9,12 +9,13 @@ __all__ = ['LayerNorm']
 from ..encoders import Sites, Sizes
 from .core import Method
 
-# %% ../../nbs/methods/06_layernorm.ipynb #da16df7f
+# %% ../../nbs/methods/06_layernorm.ipynb #87b862ff
 class LayerNorm(Method):
     "The LayerNorms of the encoder; the head learns as well."
     trained = "all LayerNorms of the encoder"
     formula = "4LH + 2E"
     source = "Houlsby et al. 2019, section 3.4; Qi et al. 2022"
+    mergeable = True   # it changes the encoder's own weights, or none
     default_lr = 2e-3
 
     def trains(self, name:str, sites:Sites) -> bool: return "norm" in name.lower()

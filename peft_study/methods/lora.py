@@ -143,3 +143,9 @@ def peft_config(self:LoRA, sites:Sites) -> dict:
     "As peft.LoraConfig."
     return dict(peft_type="LORA", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.lora_dropout, bias="none", use_rslora=self.rslora,
                 use_dora=self.dora, target_modules=sites.pattern(self.targets))
+
+# %% ../../nbs/methods/03_lora.ipynb #38a5dcac
+@patch
+def peft_name(self:LoRA, name:str) -> str:
+    "`….query.lora_A` is `base_model.model.….query.lora_A.weight`."
+    return "base_model.model." + name + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
