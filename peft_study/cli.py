@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Outputs', 'Failed', 'main', 'config_flags', 'check', 'report_run', 'run', 'complete', 'print_table', 'study_',
-           'demo', 'list_', 'evaluate', 'methods', 'doctor']
+           'demo', 'list_', 'evaluate', 'export', 'methods', 'doctor']
 
 # %% ../nbs/12_cli.ipynb #8c8ffcdb
 import inspect, os, sys
@@ -205,12 +205,21 @@ def evaluate(run_folder:Annotated[Path, typer.Argument(help="outputs/STUDY/runs/
     from peft_study.predict import evaluate
     for metric, value in evaluate(run_folder, split, data).items(): print(f"{metric:10} {value:.6f}")
 
-# %% ../nbs/12_cli.ipynb #9f93cb99
+# %% ../nbs/12_cli.ipynb #05c639b0
 @app.command()
-def methods():
+def export(run_folder:Annotated[Path, typer.Argument(help="outputs/STUDY/runs/RUN_ID")],
+           to:Annotated[Path, typer.Option(help="a new folder")]):
+    "Merge a run into a plain 🤗 checkpoint, where its method can."
+    from peft_study.exchange import export
+    export(run_folder, to)
+    print(f"{to}: load it with AutoModelForSequenceClassification.from_pretrained")
+
+# %% ../nbs/12_cli.ipynb #67acd2e1
+@app.command()
+def methods(names:Annotated[Optional[list[str]], typer.Argument(help="only these; package.module:Class for your own")]=None):
     "The methods there are: what learns, how many parameters, who described it."
     from peft_study.methods.core import find_method, method_names
-    for name in method_names():
+    for name in names or method_names():
         m = find_method(name)()
         settings = " ".join(f"{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in m.model_dump().items())
         print(f"{name:10}{m.trained}", f"parameters  {m.formula}; and the head", f"settings    {settings}", f"default lr  {m.default_lr:g}",

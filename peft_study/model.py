@@ -64,7 +64,7 @@ def init_head(model, seed:int):
                 if name.endswith("bias"): p.zero_()
                 else: p.normal_(std=getattr(model.config, "initializer_range", .02), generator=generator)
 
-# %% ../nbs/05_model.ipynb #24d4ce92
+# %% ../nbs/05_model.ipynb #f90e5220
 def build_model(config:RunConfig):
     "The pre-trained encoder with a fresh head and the run's method: frozen but for what learns, in fp32 on the CPU."
     import torch, transformers
@@ -79,4 +79,6 @@ def build_model(config:RunConfig):
             model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint_path(config.checkpoint), config=encoder, dtype=torch.float32)
     except (OSError, SafetensorError) as e: raise BadInput(f"checkpoint {config.checkpoint!r}: {str(e).splitlines()[0]}") from e
     init_head(model, config.seed)
-    return apply_method(model, config.method, config.seed, config.train_pooler)
+    model = apply_method(model, config.method, config.seed, config.train_pooler)
+    model.run_config = config
+    return model

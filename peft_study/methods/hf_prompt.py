@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['HfPrompt']
 
-# %% ../../nbs/methods/11_hf_prompt.ipynb #a4c562cd
+# %% ../../nbs/methods/11_hf_prompt.ipynb #86f322c6
 from pydantic import Field
-from ..encoders import Sites, Sizes
+from ..encoders import Sites, Sizes, get_sizes
+from ..glue import BadInput
 from .core import Reference
 from .prompt import Prompt
 
-# %% ../../nbs/methods/11_hf_prompt.ipynb #24cf4d6b
+# %% ../../nbs/methods/11_hf_prompt.ipynb #dd7524d5
 class HfPrompt(Reference):
     "peft.PromptTuningConfig."
     prompt_length: int = Field(20, ge=1, description="n, the number of virtual tokens")
@@ -25,10 +26,15 @@ class HfPrompt(Reference):
 
     @property
     def size(self): return f"n{self.prompt_length}"
-    def check(self, config): Prompt(prompt_length=self.prompt_length).check(config)
+    def check(self, config):
+        Prompt(prompt_length=self.prompt_length).check(config)
+        if get_sizes(config).E != config.hidden_size:
+            raise BadInput(f"method 'hf_prompt' does not work with {config.model_type} where embeddings are narrower than layers: 🤗 peft takes them to be equal")
     def extra_positions(self) -> int: return self.prompt_length
     def n_parameters(self, s:Sizes) -> int: return self.prompt_length * s.H
 
     def official(self, sites:Sites):
         from peft import PromptTuningConfig
-        return PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=self.prompt_length)
+        c = sites.config
+        return PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=self.prompt_length, token_dim=c.hidden_size, num_layers=sites.depth,
+                                  num_attention_heads=c.num_attention_heads)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['prepend_prompt', 'drop_prompt', 'Prompt']
 
-# %% ../../nbs/methods/08_prompt.ipynb #52aac522
+# %% ../../nbs/methods/08_prompt.ipynb #d24d32ff
 from typing import Literal
 from fastcore.basics import patch
 from pydantic import Field
-from ..encoders import Sites, Sizes, get_family
+from ..encoders import Sites, Sizes, get_family, get_sizes
 from ..glue import BadInput
 from .core import Method
 
@@ -71,11 +71,11 @@ def check(self:Prompt, config):
 @patch
 def extra_positions(self:Prompt) -> int: return self.prompt_length
 
-# %% ../../nbs/methods/08_prompt.ipynb #abe7f723
+# %% ../../nbs/methods/08_prompt.ipynb #9eeaf8b9
 @patch
 def peft_config(self:Prompt, sites:Sites) -> dict|None:
-    "As peft.PromptTuningConfig, which reads from the first position."
-    if self.read == "cls": return None
+    "As peft.PromptTuningConfig, which reads from the first position and takes embeddings to be as wide as layers."
+    if self.read == "cls" or get_sizes(sites.config).E != sites.config.hidden_size: return None
     return dict(peft_type="PROMPT_TUNING", num_virtual_tokens=self.prompt_length, token_dim=sites.config.hidden_size, num_transformer_submodules=1,
                 num_attention_heads=sites.config.num_attention_heads, num_layers=sites.config.num_hidden_layers)
 

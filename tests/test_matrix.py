@@ -1,0 +1,92 @@
+"Every method on every encoder family: all promises, gradients against finite differences, padding; or refused with the reason."
+from functools import lru_cache
+import pytest, torch
+from transformers import AutoModelForSequenceClassification
+from peft_study.encoders import FAMILIES, ROLES, tiny_config
+from peft_study.glue import BadInput
+from peft_study.methods.core import apply_method, check_method, find_method, method_names, random_batch, trainable
+
+SETTINGS = dict(
+    full=[dict(), dict(top_k=1)],
+    adapter=[dict(bottleneck_size=4), dict(bottleneck_size=4, init="framework"), dict(bottleneck_size=4, placement="pfeiffer"), dict(bottleneck_size=4, placement="parallel")],
+    lora=[dict(rank=2), dict(rank=2, alpha=4, targets=ROLES), dict(rank=2, rslora=True, lora_plus=4), dict(rank=2, dora=True), dict(rank=2, lora_dropout=.1)],
+    prompt=[dict(prompt_length=3), dict(prompt_length=3, read="first")], prefix=[dict(prefix_length=3), dict(prefix_length=3, reparam=4)],
+    hf_lora=[dict(rank=2)], hf_prompt=[dict(prompt_length=3)], hf_prefix=[dict(prefix_length=3)])
+METHODS = [find_method(name)(**settings) for name in method_names() for settings in SETTINGS.get(name, [{}])]
+CELLS = [(kind, method) for kind in FAMILIES for method in METHODS]
+REFUSED = {("mpnet", "prefix"), ("deberta-v2", "prefix")} | {(kind, "hf_prefix") for kind in ("mpnet", "deberta-v2", "distilbert")} | {("electra", "hf_prompt")}
+
+
+def label(v):
+    return v if isinstance(v, str) else v.name + "".join(f"-{k}={'all' if k == 'targets' else x}" for k, x in v.model_dump(exclude_defaults=True).items() if k not in ("rank", "alpha", "bottleneck_size", "prompt_length", "prefix_length"))
+
+
+@lru_cache
+def model_of(kind):
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(tiny_config(kind)).eval()
+
+
+def applied(kind, method):
+    "The method on a copy of the family's model, away from its start; skipped where it is refused."
+    from copy import deepcopy
+    try: model = apply_method(deepcopy(model_of(kind)), method).eval()
+    except BadInput as e: pytest.skip(str(e))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in trainable(model).values(): p.add_(torch.randn_like(p), alpha=.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def matrix(): return {}
+
+
+@pytest.mark.parametrize("kind, method", CELLS, ids=label)
+def test_promises(matrix, kind, method):
+    try: matrix[kind, label(method)] = f"{check_method(method, model_of(kind))['trainable']:,}"
+    except BadInput as e:
+        matrix[kind, label(method)] = "refused"
+        assert (kind, method.name) in REFUSED and kind in str(e), str(e)
+    else: assert (kind, method.name) not in REFUSED
+
+
+def test_matrix(matrix, capsys):
+    "Trainable parameters of the tiny models, cell by cell."
+    if len(matrix) < len(CELLS): pytest.skip("not all cells were run")
+    with capsys.disabled():
+        print("\n" + " " * 42 + "".join(f"{kind:>12}" for kind in FAMILIES))
+        for method in METHODS: print(f"{label(method)[:42]:42}" + "".join(f"{matrix[kind, label(method)]:>12}" for kind in FAMILIES))
+    assert sum(v == "refused" for v in matrix.values()) == sum((kind, method.name) in REFUSED for kind, method in CELLS)
+
+
+@pytest.mark.parametrize("kind, method", CELLS, ids=label)
+def test_padding(kind, method):
+    model = applied(kind, method)
+    batch = random_batch(model.config)
+    n = int(batch["attention_mask"][-1].sum())
+    with torch.no_grad():
+        alone = model(input_ids=batch["input_ids"][-1:, :n], attention_mask=batch["attention_mask"][-1:, :n]).logits
+        together = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[-1:]
+        unmasked = model(input_ids=batch["input_ids"], attention_mask=torch.ones_like(batch["attention_mask"])).logits[-1:]
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
+    assert (unmasked - together).abs().max() > 1e-5, "the mask makes no difference, so this shows nothing"
+
+
+@pytest.mark.parametrize("method", METHODS, ids=label)
+def test_gradients(method):
+    "Two numbers of every tensor that learns, in float64: autograd against (L(p + ε) - L(p - ε)) / 2ε."
+    model = applied("bert", method).double()
+    batch = random_batch(model.config)
+    model(**batch).loss.backward()
+    g = torch.Generator().manual_seed(0)
+    for name, p in trainable(model).items():
+        if getattr(method, "dora", False) and ("lora_A" in name or "lora_B" in name): continue   # DoRA's gradient leaves out the norm's, by definition; peft is its check
+        for i in torch.randint(p.numel(), (2,), generator=g).tolist():
+            losses = []
+            with torch.no_grad():
+                for sign in (1, -1):
+                    p.view(-1)[i] += sign * 1e-5
+                    losses.append(model(**batch).loss.item())
+                    p.view(-1)[i] -= sign * 1e-5
+            assert p.grad.view(-1)[i].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4, abs=1e-9), f"{name}[{i}]"
