@@ -205,14 +205,15 @@ def evaluate(run_folder:Annotated[Path, typer.Argument(help="outputs/STUDY/runs/
     from peft_study.predict import evaluate
     for metric, value in evaluate(run_folder, split, data).items(): print(f"{metric:10} {value:.6f}")
 
-# %% ../nbs/12_cli.ipynb #05c639b0
+# %% ../nbs/12_cli.ipynb #19957175
 @app.command()
 def export(run_folder:Annotated[Path, typer.Argument(help="outputs/STUDY/runs/RUN_ID")],
-           to:Annotated[Path, typer.Option(help="a new folder")]):
-    "Merge a run into a plain 🤗 checkpoint, where its method can."
-    from peft_study.exchange import export
-    export(run_folder, to)
-    print(f"{to}: load it with AutoModelForSequenceClassification.from_pretrained")
+           to:Annotated[Path, typer.Option(help="a new folder")],
+           peft:Annotated[bool, typer.Option("--peft", help="the adapter in 🤗 peft's format instead of a merged model")]=False):
+    "A run as a plain 🤗 checkpoint, merged, where its method can."
+    from peft_study.exchange import export, export_peft
+    (export_peft if peft else export)(run_folder, to)
+    print(f"{to}: load it with {'peft.PeftModel' if peft else 'AutoModelForSequenceClassification'}.from_pretrained")
 
 # %% ../nbs/12_cli.ipynb #67acd2e1
 @app.command()

@@ -15,7 +15,7 @@ from .glue import BadInput
 # %% ../nbs/03_encoders.ipynb #eb553879
 ROLES = ("query", "key", "value", "attention_out", "ffn_in", "ffn_out")
 
-# %% ../nbs/03_encoders.ipynb #7514d430
+# %% ../nbs/03_encoders.ipynb #2f6158be
 @dataclass(frozen=True)
 class Family:
     "Module paths of one encoder family, and the parts its pre-training does not supply."
@@ -23,9 +23,10 @@ class Family:
     roles: dict[str, str]   # role → path inside a layer
     head: tuple[str, ...]   # modules that start from random values and are always trained
     encoder: str            # path of the stack of layers, whose output is the last hidden state
+    fused: tuple[str, ...] = () # roles whose matrices are one, in the order of its blocks of rows
     pooler: str|None = None # pre-trained module between encoder and head, frozen unless `train_pooler`
 
-# %% ../nbs/03_encoders.ipynb #72e49909
+# %% ../nbs/03_encoders.ipynb #f7fe9ad0
 _bert = dict(query="attention.self.query", key="attention.self.key", value="attention.self.value",
              attention_out="attention.output.dense", ffn_in="intermediate.dense", ffn_out="output.dense",
              attention_end="attention.output.dropout", ffn_end="output.dropout", attention="attention.self")
@@ -35,16 +36,19 @@ _mpnet = _bert | dict(query="attention.attn.q", key="attention.attn.k", value="a
 _distilbert = dict(query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
                    attention_out="attention.out_lin", ffn_in="ffn.lin1", ffn_out="ffn.lin2",
                    attention_end="attention.out_lin", ffn_end="ffn", attention="attention")
+_modernbert = dict(query="attn.Wqkv", key="attn.Wqkv", value="attn.Wqkv", attention_out="attn.Wo", ffn_in="mlp.Wi", ffn_out="mlp.Wo",
+                   attention_end="attn.out_drop", ffn_end="mlp", attention="attn")
 _two_layer_head = ("classifier.dense", "classifier.out_proj")
 
-# %% ../nbs/03_encoders.ipynb #2172dcf6
+# %% ../nbs/03_encoders.ipynb #ac0671ae
 FAMILIES = {
-    "bert": Family("bert.encoder.layer.{}", _bert, ("classifier",), "bert.encoder", "bert.pooler"),
+    "bert": Family("bert.encoder.layer.{}", _bert, ("classifier",), "bert.encoder", pooler="bert.pooler"),
     "roberta": Family("roberta.encoder.layer.{}", _bert, _two_layer_head, "roberta.encoder"),
     "electra": Family("electra.encoder.layer.{}", _bert, _two_layer_head, "electra.encoder"),
     "mpnet": Family("mpnet.encoder.layer.{}", _mpnet, _two_layer_head, "mpnet.encoder"),
     "deberta-v2": Family("deberta.encoder.layer.{}", _deberta, ("pooler", "classifier"), "deberta.encoder"),
     "distilbert": Family("distilbert.transformer.layer.{}", _distilbert, ("pre_classifier", "classifier"), "distilbert.transformer"),
+    "modernbert": Family("model.layers.{}", _modernbert, ("classifier",), "model", ("query", "key", "value"), "head"),
 }
 
 # %% ../nbs/03_encoders.ipynb #33d10e47
@@ -55,11 +59,12 @@ def get_family(config # a 🤗 encoder config
     if kind not in FAMILIES: raise BadInput(f"checkpoint of type {kind!r} is not supported: use one of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
-# %% ../nbs/03_encoders.ipynb #e03bddda
+# %% ../nbs/03_encoders.ipynb #f4ce668d
 class Sites(dict):
     "Role → module paths, one a layer from the bottom up; and which layer a parameter belongs to."
     def __init__(self, config):
         self.config, self.depth, family = config, config.num_hidden_layers, get_family(config)
+        self.fused = family.fused
         self.layers = [family.layer.format(i) for i in range(self.depth)]
         super().__init__({r: [f"{layer}.{path}" for layer in self.layers] for r, path in family.roles.items()})
 
@@ -73,18 +78,20 @@ class Sites(dict):
         "The number of the layer that holds `name`, from 0; None for embeddings, pooler and head."
         return next((i for i, layer in enumerate(self.layers) if name.startswith(layer + ".")), None)
 
-# %% ../nbs/03_encoders.ipynb #e02938fb
+# %% ../nbs/03_encoders.ipynb #1a6933e5
 class Sizes(NamedTuple):
     "What parameter-count formulas are made of."
     H: int  # hidden size
     L: int  # layers
     F: int  # width of the feed-forward network
+    I: int  # outputs of ffn_in: F, or 2F where the network is gated
     E: int  # width of the embeddings
     C: int  # outputs: classes, or 1 for regression
     N: int  # parameters of all LayerNorms of the encoder
     B: int  # biases of the encoder
+    P: tuple[int, ...]  # parameters of each layer
 
-# %% ../nbs/03_encoders.ipynb #3912488c
+# %% ../nbs/03_encoders.ipynb #a8b829f1
 def get_sizes(config # a 🤗 encoder config, with `num_labels`
              ) -> Sizes:
     "Sizes of an encoder, from its configuration alone."
@@ -92,20 +99,24 @@ def get_sizes(config # a 🤗 encoder config, with `num_labels`
     F = config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size
     extra = 2 * H if "layer_norm" in getattr(config, "norm_rel_ebd", "none") else 0  # DeBERTa normalises relative positions
     projection = H if config.model_type == "electra" and E != H else 0   # the bias between narrow embeddings and layers
-    return Sizes(H, L, F, E, config.num_labels, 2 * L * 2 * H + 2 * E + extra, L * (7 * H + F) + E + extra // 2 + projection)
+    if config.model_type == "modernbert":   # gated, without biases, and its first layer has one LayerNorm only
+        layer = 4 * H**2 + 3 * H * F + 2 * H
+        return Sizes(H, L, F, 2 * F, E, config.num_labels, (2 * L + 1) * H, 0, (layer - H,) + (layer,) * (L - 1))
+    layer = 4 * (H**2 + H) + 2 * H * F + F + H + 4 * H
+    return Sizes(H, L, F, F, E, config.num_labels, 2 * L * 2 * H + 2 * E + extra, L * (7 * H + F) + E + extra // 2 + projection, (layer,) * L)
 
-# %% ../nbs/03_encoders.ipynb #f96090d4
+# %% ../nbs/03_encoders.ipynb #ef7db276
 def head_parameters(config) -> int:
     "Parameters of the head: C(H + 1), and H² + H more where the head has a hidden layer."
     s = get_sizes(config)
     return s.C * (s.H + 1) + (s.H**2 + s.H) * (len(get_family(config).head) - 1)
 
 def pooler_parameters(config) -> int:
-    "Parameters of the pre-trained pooler: H² + H, or none."
+    "Parameters of the pre-trained pooler: H² + H, or none (in ModernBERT a matrix and the scale of a LayerNorm)."
     H = config.hidden_size
     return H**2 + H if get_family(config).pooler else 0
 
-# %% ../nbs/03_encoders.ipynb #057854c4
+# %% ../nbs/03_encoders.ipynb #97dd0067
 def tiny_config(kind:str="bert", # a key of `FAMILIES`
                 num_labels:int=3,
                 hidden_size:int=16, layers:int=2, heads:int=2
@@ -114,7 +125,7 @@ def tiny_config(kind:str="bert", # a key of `FAMILIES`
     from transformers import AutoConfig
     common = dict(vocab_size=64, num_labels=num_labels, max_position_embeddings=64, pad_token_id=0)
     if kind == "distilbert": return AutoConfig.for_model(kind, dim=hidden_size, n_layers=layers, n_heads=heads, hidden_dim=2 * hidden_size, **common)
-    extra = dict(embedding_size=hidden_size // 2) if kind == "electra" else {}
+    extra = dict(embedding_size=hidden_size // 2) if kind == "electra" else dict(cls_token_id=1, bos_token_id=1, sep_token_id=2, eos_token_id=2) if kind == "modernbert" else {}
     if kind == "deberta-v2": extra = dict(relative_attention=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", position_buckets=8, share_att_key=True)
     return AutoConfig.for_model(kind, hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
                                 intermediate_size=2 * hidden_size, **common, **extra)

@@ -116,7 +116,7 @@ def test_we_load_what_peft_saves(method, tmp_path):
     close(ours.eval()(**batch).logits, theirs.eval()(**batch).logits)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [k for k in FAMILIES if k != "modernbert"])   # its query and value are blocks of one matrix, which peft cannot adapt apart
 def test_peft_loads_every_family(kind, tmp_path):
     base, method = AutoModelForSequenceClassification.from_config(tiny_config(kind)), LoRA(rank=2)
     ours = apply_method(deepcopy(base), method, train_pooler=True)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BitFit']
 
-# %% ../../nbs/methods/04_bitfit.ipynb #9a855d15
-from ..encoders import Sites, Sizes
+# %% ../../nbs/methods/04_bitfit.ipynb #2c50c657
+from ..encoders import Sites, Sizes, get_sizes
+from ..glue import BadInput
 from .core import Method
 
-# %% ../../nbs/methods/04_bitfit.ipynb #7bc8afe8
+# %% ../../nbs/methods/04_bitfit.ipynb #deff8ced
 class BitFit(Method):
     "All biases of the encoder, LayerNorms' included; the head learns as well."
     trained = "all biases of the encoder"
@@ -20,3 +21,6 @@ class BitFit(Method):
 
     def trains(self, name:str, sites:Sites) -> bool: return name.endswith("bias")
     def n_parameters(self, s:Sizes) -> int: return s.B
+
+    def check(self, config):
+        if not get_sizes(config).B: raise BadInput(f"method 'bitfit' does not work with {config.model_type}, which has no biases")

@@ -101,7 +101,7 @@ def groups(self:Method, model, lr:float, weight_decay:float) -> list[dict]:
     for n, p in trainable(model).items(): split.setdefault((self.decays(n), self.lr_scale(n)), []).append(p)
     return [dict(params=params, lr=lr * scale, weight_decay=weight_decay if decay else 0.) for (decay, scale), params in split.items()]
 
-# %% ../../nbs/methods/00_core.ipynb #1ac9c68d
+# %% ../../nbs/methods/00_core.ipynb #4b93fff7
 @patch
 def merge(self:Method, model):
     "Fold what was learned into the encoder's weights, in place."
@@ -116,6 +116,11 @@ def unmerge(self:Method, model):
 def peft_config(self:Method, sites:Sites) -> dict|None:
     "The method in 🤗 peft's `adapter_config.json`, for methods that peft knows."
     return None
+
+@patch
+def no_peft(self:Method) -> str:
+    "Why there is no `peft_config`."
+    return "🤗 peft has no such method"
 
 # %% ../../nbs/methods/00_core.ipynb #cd4eb25e
 def method_names() -> list[str]:
@@ -215,7 +220,7 @@ def save_adapter(model, method:Method,
     (folder/FACTS).write_text(json.dumps(dict(method=method.name, **method.model_dump(mode="json")) | facts, indent=2) + "\n")
     return (folder/WEIGHTS).stat().st_size
 
-# %% ../../nbs/methods/00_core.ipynb #4a6c6f49
+# %% ../../nbs/methods/00_core.ipynb #785a1eb7
 def load_adapter(model,   # that `apply_method` made
                  method:Method,
                  folder):
@@ -230,12 +235,14 @@ def load_adapter(model,   # that `apply_method` made
     method.ready_to_load(model)
     rename = method.peft_name if method.peft_config(Sites(model.config)) else str
     expected = {rename(n): p for n, p in trainable(model).items()}
+    facts = json.loads(file.read_text()) if (file := Path(folder)/FACTS).is_file() else {}
+    theirs, ours = f"{folder} (method {facts.get('method', 'unknown')} on {facts.get('checkpoint', 'an unknown checkpoint')})", f"method {method.name} on {model.config.model_type} {model.config._name_or_path}".strip()
     if odd := sorted(expected.keys() ^ state.keys()):
         whose = "the folder lacks" if odd[0] in expected else "the model has no"
-        raise BadInput(f"{folder} does not fit method {method.name!r} on this {model.config.model_type}: {whose} {odd[0]}")
+        raise BadInput(f"{theirs} does not fit {ours}: {whose} {odd[0]}")
     for name, p in expected.items():
         if p.shape != state[name].shape:
-            raise BadInput(f"{folder} does not fit this model: {name} is {tuple(state[name].shape)} in the folder, {tuple(p.shape)} in the model")
+            raise BadInput(f"{theirs} does not fit {ours}: {name} is {tuple(state[name].shape)} in the folder, {tuple(p.shape)} in the model")
     with torch.no_grad():
         for name, p in expected.items(): p.copy_(state[name])
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['HfIA3']
 
-# %% ../../nbs/methods/13_hf_ia3.ipynb #a93e2d66
-from ..encoders import Sites, Sizes
+# %% ../../nbs/methods/13_hf_ia3.ipynb #e3b583d5
+from ..encoders import Sites, Sizes, get_family
+from ..glue import BadInput
 from .core import Reference
 
-# %% ../../nbs/methods/13_hf_ia3.ipynb #1c0f6aaf
+# %% ../../nbs/methods/13_hf_ia3.ipynb #68278ccf
 class HfIA3(Reference):
     "peft.IA3Config on keys, values and the input of ffn_out."
     start = "exact"
@@ -18,6 +19,9 @@ class HfIA3(Reference):
     source = "Liu et al. 2022; 🤗 peft"
     default_lr = 5e-3
     no_decay = ("ia3_",)
+
+    def check(self, config):
+        if get_family(config).fused: raise BadInput(f"method 'hf_ia3' does not work with {config.model_type}, whose query, key and value are one matrix")
 
     def n_parameters(self, s:Sizes) -> int: return s.L * (2 * s.H + s.F)
 

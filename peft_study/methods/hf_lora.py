@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['HfLoRA']
 
-# %% ../../nbs/methods/10_hf_lora.ipynb #6e64cfc5
+# %% ../../nbs/methods/10_hf_lora.ipynb #47ec6e95
 from pydantic import Field
-from ..encoders import Sites, Sizes
+from ..encoders import Sites, Sizes, get_family
+from ..glue import BadInput
 from .core import Reference
 from .lora import LoRA
 
-# %% ../../nbs/methods/10_hf_lora.ipynb #b055b848
+# %% ../../nbs/methods/10_hf_lora.ipynb #eac95c1d
 class HfLoRA(Reference):
     "peft.LoraConfig on query and value."
     rank: int = Field(8, ge=1, description="r, the inner dimension of the update")
@@ -25,7 +26,11 @@ class HfLoRA(Reference):
 
     @property
     def size(self): return f"r{self.rank}"
-    def check(self, config): LoRA(rank=self.rank).check(config)
+
+    def check(self, config):
+        if get_family(config).fused: raise BadInput(f"method 'hf_lora' does not work with {config.model_type}, whose query, key and value are one matrix")
+        LoRA(rank=self.rank).check(config)
+
     def n_parameters(self, s:Sizes) -> int: return 4 * s.L * s.H * self.rank
 
     def official(self, sites:Sites):

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['lora_forward', 'add_lora', 'dora_forward', 'merge_lora', 'unmerge_lora', 'LoRA']
 
-# %% ../../nbs/methods/03_lora.ipynb #5fbd5270
+# %% ../../nbs/methods/03_lora.ipynb #5c923d03
 from fastcore.basics import patch
 from pydantic import Field, field_validator, model_validator
-from ..encoders import ROLES, Sites, Sizes
+from ..encoders import ROLES, Sites, Sizes, get_family
 from ..glue import BadInput
 from .core import Method
 
-# %% ../../nbs/methods/03_lora.ipynb #f543823c
+# %% ../../nbs/methods/03_lora.ipynb #b5e565db
 def lora_forward(linear, inputs, Wx): # inputs[0] (batch, length, d_in), Wx (batch, length, d_out)
     "W x + (α/r) B A x, unless the update stands in W already"
     if linear.lora_unmerged is not None: return Wx
     x = _dropped(linear, inputs[0])
+    if linear.lora_blocks: return Wx + _in_blocks(linear, x[..., None, :, :] @ linear.lora_A.mT @ linear.lora_B.mT, Wx)
     return Wx + linear.lora_scale * (x @ linear.lora_A.mT @ linear.lora_B.mT)
 
 def _dropped(linear, x):
@@ -24,27 +25,39 @@ def _dropped(linear, x):
     from torch.nn.functional import dropout
     return dropout(x, linear.lora_dropout, linear.training) if linear.lora_dropout else x
 
-# %% ../../nbs/methods/03_lora.ipynb #7ba1914d
+# %% ../../nbs/methods/03_lora.ipynb #c786ab1c
 def add_lora(linear,           # nn.Linear, changed in place
              rank:int,         # r
              scale:float,      # of the update: α/r
              dropout:float=0., # of the update's input
-             dora:bool=False   # learn the weight's magnitude apart from its direction
+              dora:bool=False,  # learn the weight's magnitude apart from its direction
+            blocks:tuple=()   # (i, …) of n: blocks of rows with an update each, where several roles share one matrix
             ):
     "Give `linear` a low-rank update that starts at zero."
     import torch
     from torch.nn import Parameter
     d_out, d_in = linear.weight.shape
-    linear.lora_A = Parameter(torch.empty(rank, d_in).normal_(std=.02))
-    linear.lora_B = Parameter(torch.zeros(d_out, rank))
+    which, of = blocks or ((), 1)
+    stack = (len(which),) if which else ()
+    linear.lora_A = Parameter(torch.empty(*stack, rank, d_in).normal_(std=.02))
+    linear.lora_B = Parameter(torch.zeros(*stack, d_out // of, rank))
     if dora: linear.lora_magnitude_vector = Parameter(linear.weight.detach().float().norm(dim=1))
-    linear.lora_scale, linear.lora_dropout, linear.lora_unmerged = scale, dropout, None
+    linear.lora_scale, linear.lora_dropout, linear.lora_blocks, linear.lora_unmerged = scale, dropout, blocks, None
     linear.register_forward_hook(dora_forward if dora else lora_forward)
 
-# %% ../../nbs/methods/03_lora.ipynb #dc024dd4
+# %% ../../nbs/methods/03_lora.ipynb #5b6a2ff2
+def _in_blocks(linear, updates, like): # updates (…, blocks, length, d_out / n); like (…, length, d_out)
+    "The scaled updates in their blocks of the last axis, zero elsewhere."
+    which, of = linear.lora_blocks
+    out = updates.new_zeros(*like.shape[:-1], of, like.shape[-1] // of)
+    out[..., list(which), :] = linear.lora_scale * updates.transpose(-3, -2)
+    return out.flatten(-2)
+
+# %% ../../nbs/methods/03_lora.ipynb #f22c5b2b
 def _direction(linear):
     "W + (α/r) B A and the lengths of its rows, in fp32."
-    V = linear.weight.detach().float() + linear.lora_scale * (linear.lora_B.detach().float() @ linear.lora_A.detach().float())
+    BA, W = linear.lora_B.detach().float() @ linear.lora_A.detach().float(), linear.weight.detach().float()
+    V = W + (_in_blocks(linear, BA.mT, W.T).T if linear.lora_blocks else linear.lora_scale * BA)
     return V, V.norm(dim=1)
 
 def dora_forward(linear, inputs, h): # h = W x + b
@@ -107,19 +120,22 @@ class LoRA(Method):
 
     def lr_scale(self, name:str) -> float: return self.lora_plus if name.endswith("lora_B") else 1.
 
-# %% ../../nbs/methods/03_lora.ipynb #41b12836
+# %% ../../nbs/methods/03_lora.ipynb #c6902190
 def _shape(role:str, s:Sizes) -> tuple[int, int]:
     "(d_out, d_in) of the linear layer in a role."
-    return {"ffn_in": (s.F, s.H), "ffn_out": (s.H, s.F)}.get(role, (s.H, s.H))
+    return {"ffn_in": (s.I, s.H), "ffn_out": (s.H, s.F)}.get(role, (s.H, s.H))
 
 @patch
 def check(self:LoRA, config):
+    if self.dora and set(self.targets) & set(get_family(config).fused): raise BadInput(f"dora is not implemented for {config.model_type}, whose query, key and value are one matrix")
     if self.rank > config.hidden_size: raise BadInput(f"rank must be at most the layer's width {config.hidden_size}, got {self.rank}")
 
 @patch
 def inject(self:LoRA, model, sites:Sites):
+    blocks = tuple(i for i, role in enumerate(sites.fused) if role in self.targets), len(sites.fused)
     for role in self.targets:
-        for path in sites[role]: add_lora(model.get_submodule(path), self.rank, self.scale, self.lora_dropout, self.dora)
+        if role in sites.fused and role != sites.fused[blocks[0][0]]: continue   # the first of them brings all
+        for path in sites[role]: add_lora(model.get_submodule(path), self.rank, self.scale, self.lora_dropout, self.dora, blocks if role in sites.fused else ())
     return model
 
 @patch
@@ -137,14 +153,18 @@ def merge(self:LoRA, model): _each(self, model, merge_lora)
 @patch
 def unmerge(self:LoRA, model): _each(self, model, unmerge_lora)
 
-# %% ../../nbs/methods/03_lora.ipynb #61c3ccf8
+# %% ../../nbs/methods/03_lora.ipynb #9cca49d2
 @patch
 def peft_config(self:LoRA, sites:Sites) -> dict:
-    "As peft.LoraConfig."
+    "As peft.LoraConfig; peft has no updates of single blocks."
+    if set(self.targets) & set(sites.fused): return None
     return dict(peft_type="LORA", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.lora_dropout, bias="none", use_rslora=self.rslora,
                 use_dora=self.dora, target_modules=sites.pattern(self.targets))
 
-# %% ../../nbs/methods/03_lora.ipynb #38a5dcac
+# %% ../../nbs/methods/03_lora.ipynb #fd3d2d51
+@patch
+def no_peft(self:LoRA) -> str: return "query, key and value are one matrix in this encoder, and 🤗 peft has no updates of single blocks"
+
 @patch
 def peft_name(self:LoRA, name:str) -> str:
     "`….query.lora_A` is `base_model.model.….query.lora_A.weight`."

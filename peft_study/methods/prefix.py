@@ -66,8 +66,8 @@ def fold(model):
     del model.prefix_mlp, model.prefix_table
     model.prompt_embeddings = torch.nn.Parameter(P)
 
-# %% ../../nbs/methods/09_prefix.ipynb #cf2ad2f3
-_positions = dict(bert="all", electra="all", roberta="real", distilbert=None)
+# %% ../../nbs/methods/09_prefix.ipynb #b9fad8c5
+_positions = dict(bert="all", electra="all", modernbert="all", roberta="real", distilbert=None)
 
 # %% ../../nbs/methods/09_prefix.ipynb #b61e4dcf
 class Prefix(Method):

@@ -62,9 +62,11 @@ class Prompt(Method):
             encoder.register_forward_hook(drop_prompt)
         return model
 
-# %% ../../nbs/methods/08_prompt.ipynb #43acd3d7
+# %% ../../nbs/methods/08_prompt.ipynb #2df2488c
 @patch
 def check(self:Prompt, config):
+    if self.read == "cls" and getattr(config, "classifier_pooling", "cls") != "cls":
+        raise BadInput(f"read 'cls' does not work with this {config.model_type}, which classifies from the mean of all positions: use read 'first'")
     room = getattr(config, "max_position_embeddings", None)
     if room and self.prompt_length >= room: raise BadInput(f"prompt_length must be less than the encoder's {room} positions, got {self.prompt_length}")
 
@@ -79,6 +81,9 @@ def peft_config(self:Prompt, sites:Sites) -> dict|None:
     return dict(peft_type="PROMPT_TUNING", num_virtual_tokens=self.prompt_length, token_dim=sites.config.hidden_size, num_transformer_submodules=1,
                 num_attention_heads=sites.config.num_attention_heads, num_layers=sites.config.num_hidden_layers)
 
-# %% ../../nbs/methods/08_prompt.ipynb #513e1af2
+# %% ../../nbs/methods/08_prompt.ipynb #de570b05
+@patch
+def no_peft(self:Prompt) -> str: return "🤗 peft classifies from the first position, and this prompt was trained to be read from [CLS] (read = cls)"
+
 @patch
 def peft_name(self:Prompt, name:str) -> str: return name if name == "prompt_embeddings" else "base_model." + name
