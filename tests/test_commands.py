@@ -98,7 +98,7 @@ def test_run_twice_and_again(command, tmp_path):
     for outputs in ("a", "b"):
         code, out, err = command(*args, outputs=tmp_path/outputs)
         assert code == 0, err
-        assert "(synthetic)" in out and "of 22,8" in out
+        assert "(synthetic)" in out and "167,042 of 22,732,418 parameters" in out
     (a,), (b,) = [list((tmp_path/o/"adhoc/runs").iterdir()) for o in "ab"]
     assert a.name == b.name and a.name.startswith("rte-lora-r2-s0-")
     for file in ("adapter/adapter_model.safetensors", "predictions/dev.tsv", "predictions/test.tsv", "config.json"):
