@@ -7,9 +7,8 @@ __all__ = ['POOL', 'Example', 'read_tsv', 'read_hub', 'read_demo', 'has_split', 
            'glue_folder', 'file_hash', 'data_fingerprint', 'tokenise', 'minilm_folder', 'load_tokenizer',
            'train_batches', 'eval_batches', 'collate']
 
-# %% ../nbs/02_data.ipynb #af6ce0df
+# %% ../nbs/02_data.ipynb #067f1f15
 import hashlib, random
-from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple

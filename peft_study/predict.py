@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['logits_of', 'decide', 'write_predictions', 'load_run', 'evaluate']
 
-# %% ../nbs/07_predict.ipynb #59a638ce
+# %% ../nbs/07_predict.ipynb #fadb35c4
 from pathlib import Path
 from .config import RunConfig
-from .data import collate, eval_batches, has_split, load_tokenizer, read_split, tokenise
+from .data import collate, eval_batches, load_tokenizer, read_split, tokenise
 from .glue import BadInput, Task, get_task, score, splits, to_word
 from .methods.core import load_adapter
 from .model import build_model

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['flatten', 'load_runs', 'studies', 'write_results']
 
-# %% ../nbs/10_results.ipynb #f8579f52
-import json
+# %% ../nbs/10_results.ipynb #06cc9d41
 from pathlib import Path
 import pandas as pd
 from .glue import BadInput, TASKS

@@ -6,10 +6,9 @@
 __all__ = ['seed_dropout', 'example_losses', 'local_batch', 'train_step', 'make_optimizer', 'load_data', 'progress',
            'status_line', 'Log', 'fit', 'peak_memory', 'run', 'launch', 'train']
 
-# %% ../nbs/08_train.ipynb #6654d7f0
+# %% ../nbs/08_train.ipynb #a5c75d93
 import math, random, sys, time
 from pathlib import Path
-from typing import NamedTuple
 from .config import RunConfig
 from .data import collate, has_split, load_tokenizer, read_split, tokenise, train_batches
 from .glue import BadInput, get_task, score, splits

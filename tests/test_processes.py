@@ -4,7 +4,7 @@ import pytest
 from conftest import REPO
 from peft_study.config import RunConfig
 from peft_study.data import minilm_folder
-from peft_study.runs import read_metrics, read_result, run_folder, start_run
+from peft_study.runs import read_metrics, read_result, start_run
 
 
 @pytest.fixture(scope="module")

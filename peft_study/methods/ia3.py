@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['scale_output', 'scale_input', 'output_scale', 'add_ia3', 'merge_ia3', 'unmerge_ia3', 'IA3']
 
-# %% ../../nbs/methods/07_ia3.ipynb #4b0fda84
-import re
+# %% ../../nbs/methods/07_ia3.ipynb #9abd8600
 from fastcore.basics import patch
 from ..encoders import Sites, Sizes
 from .core import Method
