@@ -146,9 +146,22 @@ def _method_of(section:str) -> str:
     return method if ":" in method else method.split(".")[0]
 
 # %% ../nbs/04_config.ipynb #a26d6f14
+def _settings_of(ini:ConfigParser, name:str, overrides:dict, file:str): # → (section, settings)
+    "The settings of each section of a study; an override goes where the setting is known, and must be known somewhere."
+    known = set(RunConfig.model_fields) - {"method"}
+    common, unused = dict(ini[name]) if name in ini else {}, set(overrides) - known
+    for section in (s for s in ini.sections() if s.startswith(name + ".")):
+        try: own = find_method(_method_of(section)).model_fields
+        except BadInput as e: raise BadInput(f"{file} [{section}]: {e}") from None
+        unused -= set(own)
+        yield section, common | dict(ini[section]) | {k: v for k, v in overrides.items() if k in known or k in own} | dict(study=overrides.get("study", name), method=_method_of(section))
+    if unused: raise BadInput(f"unknown setting {sorted(unused)[0]!r} for study {name}: it is neither common nor of one of its methods")
+
+# %% ../nbs/04_config.ipynb #e6791748
 def read_study(name:str,           # a section of the file
                file=None,          # default: `settings_file()`
-               overrides:dict={}   # setting → text, in the same grammar, for all sections
+               overrides:dict={},  # setting → text, in the same grammar, for all sections that know it
+               methods=()          # only these
               ) -> Study:
     "The runs that `[name]` and `[name.METHOD]` declare; what is wrong is `BadInput` naming section and setting."
     file = Path(file or settings_file())
@@ -158,10 +171,22 @@ def read_study(name:str,           # a section of the file
     except IniError as e: raise BadInput(f"{file.name}: {' '.join(str(e).split())}") from None
     names = sorted({s.split(".")[0] for s in ini.sections()})
     if name not in names: raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(names)}")
-    common, configs = dict(ini[name]) if name in ini else {}, []
-    for section in (s for s in ini.sections() if s.startswith(name + ".")):
-        settings = common | dict(ini[section]) | overrides | dict(study=name, method=_method_of(section))
+    configs, there = [], []
+    for section, settings in _settings_of(ini, name, overrides, file.name):
+        there.append(settings["method"])
+        if methods and settings["method"] not in methods: continue
         try: configs += [RunConfig(**point) for point in _grid(settings)]
         except BadInput as e: raise BadInput(f"{file.name} [{section}]: {e}") from None
+    if odd := [m for m in methods if m not in there]: raise BadInput(f"study {name!r} has no method {odd[0]!r}: it has {', '.join(dict.fromkeys(there))}")
     if not configs: raise BadInput(f"{file.name}: study {name!r} has no section [{name}.METHOD]")
-    return Study(name, tuple(dict.fromkeys(configs)))
+    return Study(overrides.get("study", name), tuple(dict.fromkeys(configs)))
+
+# %% ../nbs/04_config.ipynb #aa92a787
+@patch
+def shard(self:Study, part:str # i/n
+         ) -> Study:
+    "Every n-th run, beginning with the i-th; the same whatever is finished."
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    i, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= i <= n: raise BadInput(f"shard must be i/n with i from 1 to n, got {part!r}")
+    return Study(self.name, self.configs[i - 1::n])
