@@ -1,6 +1,6 @@
-import subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
-import pytest
+import psutil, pytest
 from peft_study.data import glue_folder
 
 REPO = Path(__file__).parents[1]
@@ -22,3 +22,43 @@ def glue():
     folder = glue_folder()
     if not folder: pytest.skip("no GLUE data: set GLUE_DATA to a folder in the official layout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    "A folder with a very small BERT of random weights, for tests that are about processes and files."
+    import torch
+    from peft_study.data import load_tokenizer
+    from transformers import BertConfig, BertForMaskedLM
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).save_pretrained(folder)
+    load_tokenizer("minilm").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path, tiny):
+    "A folder whose settings.ini declares eight short runs, and a function that starts `peft-study study eight` there, results in NAME."
+    (tmp_path/"settings.ini").write_text(f"[eight]\ntask_name = cola\ndata = demo\ncheckpoint = {tiny}\nmax_train_examples = 320\nmax_eval_examples = 40\nn_epochs = 3\n"
+                                         "seed = 0 1\n[eight.lora]\nrank = 1 2\n[eight.adapter]\nbottleneck_size = 2\n[eight.full]\ntop_k = 1\n")
+    def start(name, *flags, env={}):
+        return subprocess.Popen([sys.executable, "-c", "from peft_study.cli import main; main()", "study", "eight", "--outputs", name, "--checkpoint-minutes", "0", *flags],
+                                cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1") | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return start
+
+
+def findings(outputs):
+    "What a run must find again: losses, scores and bytes, by run."
+    found = {}
+    for folder in sorted((outputs/"eight/runs").iterdir()):
+        metrics = [{k: v for k, v in json.loads(line).items() if k not in ("examples_per_second", "seconds_left")} for line in (folder/"metrics.jsonl").read_text().splitlines()]
+        found[folder.name] = (metrics, json.loads((folder/"result.json").read_text())["dev"], (folder/"adapter/adapter_model.safetensors").read_bytes(),
+                              (folder/"predictions/test.tsv").read_bytes())
+    return found
+
+
+def descendants(pid):
+    "All processes below `pid`, and itself, kernels and their sessions included."
+    try: return [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    except psutil.NoSuchProcess: return []

@@ -1,0 +1,126 @@
+"Studies that are killed, crowded, or run out of disk and memory: every run once, nothing finished lost, the same bits."
+import json, os, random, resource, time
+import psutil, pytest
+from conftest import descendants, findings
+from peft_study.runs import hold
+
+
+@pytest.fixture
+def undisturbed(study, tmp_path):
+    child = study("quiet", "--jobs", "2")
+    out, _ = child.communicate()
+    assert child.returncode == 0 and "8/8" in out, out
+    return findings(tmp_path/"quiet")
+
+
+def test_killed_ten_times(study, tmp_path, undisturbed):
+    rng, done, seen = random.Random(0), 0, []
+    for kill in range(10):
+        child, delay = study("killed", "--jobs", "2"), rng.uniform(8, 16)
+        end = time.time() + delay
+        while time.time() < end and child.poll() is None: time.sleep(.1)
+        for process in descendants(child.pid): process.kill()
+        child.communicate()
+        finished = {f.parent.name: f.stat().st_mtime_ns for f in tmp_path.glob("killed/eight/runs/*/result.json")}
+        assert all(finished[name] == t for name, t in seen), "a finished run was done again"
+        seen = list(finished.items())
+    child = study("killed", "--jobs", "2")
+    out, _ = child.communicate()
+    assert child.returncode == 0, out
+    assert findings(tmp_path/"killed") == undisturbed
+    resumed = [json.loads(f.read_text())["provenance"]["resumed"] for f in tmp_path.glob("killed/eight/runs/*/result.json")]
+    print("finished after ten kills:", len(seen), "of 8; resumed", resumed)
+    assert not list(tmp_path.glob("killed/eight/runs/*/checkpoint")) and not list(tmp_path.glob("killed/eight/runs/*/.*.tmp"))
+
+
+def test_kernels_killed_and_sweeps_crowding(study, tmp_path, undisturbed):
+    "Two sweeps on one folder, one kernel killed alone: every run ends once, and as it should."
+    children = [study("crowded") for _ in range(2)]
+    killed = False
+    while any(c.poll() is None for c in children):
+        if not killed:
+            for lock in tmp_path.glob("crowded/eight/runs/*/.train.lock"):
+                if list(lock.parent.glob("metrics.jsonl")) and not (lock.parent/"result.json").exists() and (pid := lock.read_text().split(" ")[0]):
+                    try: psutil.Process(int(pid)).kill(); killed = True; break
+                    except psutil.NoSuchProcess: pass
+        time.sleep(.05)
+    outs = [c.communicate()[0] for c in children]
+    assert killed and [c.returncode for c in children] == [0, 0], outs
+    assert findings(tmp_path/"crowded") == undisturbed
+    trained = [line.split()[1] for out in outs for line in out.splitlines() if "score" in line and "/8" in line]
+    assert sorted(trained) == sorted(undisturbed)
+
+
+def test_kernels_die_with_their_sweep(study, tmp_path):
+    child = study("gone")
+    while not list(tmp_path.glob("gone/eight/runs/*/metrics.jsonl")): time.sleep(.1); assert child.poll() is None
+    processes = descendants(child.pid)
+    assert len(processes) >= 4   # the sweep, the fork server, the run, its kernel
+    child.kill(); child.communicate()
+    gone, alive = psutil.wait_procs(processes, timeout=5)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def run_of(tiny, **more): return ["run", "--task", "cola", "--method", "lora", "--checkpoint", tiny, "--data", "demo", "--max-train-examples", "96", "--max-eval-examples", "20", "--epochs", "2",
+                                  *[x for k, v in more.items() for x in (f"--{k}", v)]]
+
+
+def the_run(outputs): return next((outputs/"adhoc/runs").iterdir())
+
+
+def test_in_use(command, tiny, tmp_path):
+    "A run that another process trains is waited for, and then its process is named."
+    assert command(*run_of(tiny))[0] == 0
+    folder = the_run(tmp_path/"outputs")
+    (folder/"result.json").unlink()
+    with hold(folder, "notebook"):
+        code, out, err = command(*run_of(tiny))
+    assert code == 2 and f"{folder.name} is being run by process {os.getpid()} on" in err and len(err.strip().splitlines()) == 1
+
+
+def test_damaged_files(command, tiny, tmp_path):
+    "A corrupted result, a truncated checkpoint, a lock and half-written files that a crash left: the run is done again, with the same bytes."
+    assert command(*run_of(tiny))[0] == 0
+    folder = the_run(tmp_path/"outputs")
+    weights = (folder/"adapter/adapter_model.safetensors").read_bytes()
+    (folder/"result.json").write_text('{"score": 0.8, "de')
+    (folder/"checkpoint").mkdir(); (folder/"checkpoint/state.pt").write_bytes(b"PK" * 100)
+    (folder/".train.lock").write_text("999999 on elsewhere"); (folder/".result.json.77.tmp").write_text("{")
+    assert "unfinished" in command("list")[1]
+    code, out, err = command(*run_of(tiny))
+    assert code == 0 and (folder/"adapter/adapter_model.safetensors").read_bytes() == weights
+    assert "state.pt is damaged: the run begins again" in (folder/"notebook.ipynb").read_text()
+    assert not (folder/"checkpoint").exists() and not (folder/".result.json.77.tmp").exists()
+
+
+def test_disk_full(command, tiny, tmp_path):
+    "No file may grow beyond 100 kB, as on a full disk: a message that says so, no result; with room, the run ends as it should."
+    def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    full = run_of(tiny, method="full")
+    code, out, err = command(*full, preexec_fn=limit)
+    folder = the_run(tmp_path/"outputs")
+    assert code == 1 and "File too large" in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, err
+    assert not (folder/"result.json").exists() and not list(folder.glob("**/*.tmp"))
+    assert command(*full)[0] == 0 and (folder/"result.json").exists()
+
+
+HUNGRY = """
+import torch
+from peft_study.methods.lora import LoRA
+class Hungry(LoRA):
+    "Runs out of memory on batches of more than 10."
+    def inject(self, model, sites):
+        def eat(module, args, kwargs):
+            if module.training and kwargs["input_ids"].shape[0] > 10: raise torch.OutOfMemoryError("out of memory, said the test")
+        model.register_forward_pre_hook(eat, with_kwargs=True)
+        return super().inject(model, sites)
+"""
+
+
+def test_out_of_memory(command, tiny, tmp_path):
+    (tmp_path/"hungry.py").write_text(HUNGRY)
+    code, out, err = command(*run_of(tiny, method="hungry:Hungry"), env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert code == 0, err
+    folder = the_run(tmp_path/"outputs")
+    assert json.loads((folder/"result.json").read_text())["cost"]["batch_parts"] == 4
+    assert "again from the start, with each batch in 4 parts" in (folder/"notebook.ipynb").read_text()
