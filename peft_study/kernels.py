@@ -17,10 +17,13 @@ fork_server = multiprocessing.get_context("forkserver")
 
 def warm_up():
     "Start the fork server, which goes on to import while this process does something else."
-    from multiprocessing.forkserver import ensure_running
+    from multiprocessing.forkserver import _forkserver
+    if _forkserver.get_inherited_fds() is not None:   # this is a fork of the server, whose forks know its address: without this line they would start one more
+        _forkserver.ensure_running = lambda: None
+        return
     fork_server.set_forkserver_preload(PRELOAD)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")   # else a look for GPUs spoils them for forks
-    ensure_running()
+    _forkserver.ensure_running()
 
 # %% ../nbs/08b_kernels.ipynb #d827c1c0
 def _redirect(path):

@@ -61,13 +61,14 @@ def _try(config, folder, *args, attempts=2):
 def run_notebook(config:RunConfig, outputs="outputs",
                  processes:int=1,
                  minutes:float=10,   # between checkpoints
-                 show=None # called with a line of progress, twice a second
+                 show=None, # called with a line of progress, twice a second
+                 wait:float=10 # seconds for another process that is at it
                 ) -> Path: # the run's folder, complete
     "Execute the template for `config`; a finished run is left as it is. `RunFailed` if it ends with an error, `Held` if another process is at it."
     if is_done(folder := run_folder(config, outputs)): return folder
     warm_up()
     start_run(config, outputs)
-    with hold(folder, "notebook"):
+    with hold(folder, "notebook", wait):
         if is_done(folder): return folder   # by the one who held it before
         (folder/"error.txt").unlink(missing_ok=True)
         stop = Event()
@@ -106,8 +107,9 @@ def devices() -> list[str]:
 
 # %% ../nbs/09_sweep.ipynb #49d1d109
 def execute(folder, outputs, minutes:float) -> int:
-    "Run what `folder` is for: 0 done, 1 failed, 3 another process is at it."
-    try: run_notebook(read_config(folder), outputs, minutes=minutes)
+    "Run what `folder` is for: 0 done, 1 failed, 3 another process is at it or has done it."
+    if is_done(folder): return 3
+    try: run_notebook(read_config(folder), outputs, minutes=minutes, wait=0)
     except Held as e: print(e); return 3
     except (BadInput, RunFailed) as e: print(e); return 1
     return 0

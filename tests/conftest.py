@@ -37,15 +37,25 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def study(tmp_path, tiny):
-    "A folder whose settings.ini declares eight short runs, and a function that starts `peft-study study eight` there, results in NAME."
-    (tmp_path/"settings.ini").write_text(f"[eight]\ntask_name = cola\ndata = demo\ncheckpoint = {tiny}\nmax_train_examples = 320\nmax_eval_examples = 40\nn_epochs = 3\n"
-                                         "seed = 0 1\n[eight.lora]\nrank = 1 2\n[eight.adapter]\nbottleneck_size = 2\n[eight.full]\ntop_k = 1\n")
+@pytest.fixture(scope="session")
+def study(tmp_path_factory, tiny):
+    "A function that starts `peft-study study eight`, eight short runs, in its `folder`, results in NAME."
+    folder = tmp_path_factory.mktemp("study")
+    (folder/"settings.ini").write_text(f"[eight]\ntask_name = cola\ndata = demo\ncheckpoint = {tiny}\nmax_train_examples = 640\nmax_eval_examples = 40\nn_epochs = 5\n"
+                                       "seed = 0 1\n[eight.lora]\nrank = 1 2\n[eight.adapter]\nbottleneck_size = 2\n[eight.full]\ntop_k = 1\n")
     def start(name, *flags, env={}):
         return subprocess.Popen([sys.executable, "-c", "from peft_study.cli import main; main()", "study", "eight", "--outputs", name, "--checkpoint-minutes", "0", *flags],
-                                cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1") | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+                                cwd=folder, env=os.environ | dict(OMP_NUM_THREADS="1") | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    start.folder = folder
     return start
+
+
+@pytest.fixture(scope="session")
+def undisturbed(study):
+    child = study("quiet", "--jobs", "2")
+    out, _ = child.communicate()
+    assert child.returncode == 0 and "8/8" in out, out
+    return findings(study.folder/"quiet")
 
 
 def findings(outputs):

@@ -28,7 +28,8 @@ def test_losses_and_learning_rates(checkpoint, tmp_path, method):
     found = {}
     for processes in (1, 2):
         folder = start_run(config, tmp_path/str(processes))
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "peft_study.train", str(folder)],
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+                               "-m", "peft_study.train", str(folder), str(os.getpid()), "1", "10"],
                               env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, cwd=REPO, timeout=300)
         assert done.returncode == 0, done.stderr
         found[processes] = [m for m in read_metrics(folder) if "loss" in m], read_result(folder)
