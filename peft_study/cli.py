@@ -220,13 +220,14 @@ def list_study(study, outputs, console):
     from peft_study.runs import run_folder, status
     from peft_study.sweep import estimate, finished
     _go_offline_if_unreachable()
-    results, table = finished(outputs), Table("run", "status", "parameters", "minutes", box=None)
-    for column in table.columns[2:]: column.justify = "right"
+    several = len({c.checkpoint for c in study.configs}) > 1
+    results, table = finished(outputs), Table("run", *["checkpoint"] * several, "status", "parameters", "minutes", box=None)
+    for column in table.columns[-2:]: column.justify = "right"
     left, unknown = 0., 0
     for c in study.configs:
         state, seconds = status(run_folder(c, outputs)), estimate(c, results)
         if state != "done": left, unknown = left + (seconds or 0), unknown + (seconds is None)
-        table.add_row(c.run_id, state, trainable_parameters(c), "" if seconds is None else f"{seconds / 60:.1f}")
+        table.add_row(c.run_id, *[c.checkpoint] * several, state, trainable_parameters(c), "" if seconds is None else f"{seconds / 60:.1f}")
     console.print(table, soft_wrap=True)
     print(f"{len(study.configs)} runs; " + (f"{left / 3600:.1f} h of training left, as fast as finished runs were" if not unknown else
                                             f"no estimate of time for {unknown} of them: no run with their encoder is finished in {outputs}"))

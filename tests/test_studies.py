@@ -1,0 +1,102 @@
+"Declared studies as their users meet them: bad input, dry runs, a submission of real data, the notebook to explore them."
+import json, os, zipfile
+import pytest
+from conftest import REPO
+from peft_study.config import read_study
+from peft_study.glue import SUBMISSION_ROWS, TASKS, splits
+
+GOOD = "[mine]\ntask_name = rte\ndata = demo\n[mine.lora]\nrank = 4\n"
+
+
+@pytest.mark.parametrize("settings, flags, message", [
+    (GOOD, ["study", "yours"], "unknown study 'yours': settings.ini has mine"),
+    (GOOD.replace("rte", "rte mrcp"), ["study", "mine"], "settings.ini [mine.lora]: unknown task_name 'mrcp'"),
+    (GOOD.replace("lora", "lorra"), ["study", "mine"], "[mine.lorra]: unknown method 'lorra'"),
+    (GOOD.replace("rank = 4", "rank = 4 x 16"), ["study", "mine"], "settings.ini [mine.lora]: rank must be a valid integer, unable to parse string as an integer, got 'x'"),
+    (GOOD + "[mine.adapter]\nbottleneck_size = 0\n", ["study", "mine"], "settings.ini [mine.adapter]: bottleneck_size must be at least 1, got '0'"),
+    (GOOD + "seed = 0..4\n", ["study", "mine"], "[mine.lora]: seed must be a valid integer, unable to parse string as an integer, got '0..4'"),
+    ("[mine]\ntask_name = rte\n", ["study", "mine"], "study 'mine' has no section [mine.METHOD]"),
+    ("mine\n", ["study", "mine"], "settings.ini"),
+    (GOOD, ["study", "mine", "--shard", "5/3"], "shard must be i/n with i from 1 to n, got '5/3'"),
+    (GOOD, ["study", "mine", "--shard", "two"], "shard must be i/n with i from 1 to n, got 'two'"),
+    (GOOD, ["study", "mine", "--methods", "adapter"], "adapter"),
+    (GOOD, ["study", "mine", "--tasks", "rte,mrcp"], "settings.ini [mine.lora]: unknown task_name 'mrcp'"),
+    (GOOD, ["study", "mine", "--rnak", "8"], "rnak"),
+    (GOOD, ["study", "mine", "--engine", "slurm"], "engine must be local or ray"),
+    (GOOD, ["predict", "mine"], "no study 'mine'"),
+    (GOOD, ["score", "nowhere", "--labels", "nowhere"], "'nowhere': no such folder"),
+], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+def test_bad_input(command, tmp_path, settings, flags, message):
+    (tmp_path/"settings.ini").write_text(settings)
+    code, out, err = command(*flags, cwd=tmp_path, takes_outputs=flags[0] != "score")
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_unreachable_ray(command, tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    (tmp_path/"settings.ini").write_text(GOOD)
+    code, out, err = command("study", "mine", "--engine", "ray", cwd=tmp_path, env=os.environ | dict(RAY_ADDRESS="127.0.0.1:9"))
+    assert code == 2 and "127.0.0.1:9" in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_dry_runs(command, tmp_path):
+    "Every declared study lists its runs without a network; the scaling study has those of the reference study."
+    sizes = dict(demo=6, small=6 * 9 * 3, ablation_init=3 * 4 * 5, official=8 * 5, encoders=33, glue=9 * (24 + 8 + 8), scaling=160)
+    for name, n in sizes.items(): assert len(read_study(name, REPO/"settings.ini").configs) == n, name
+    offline = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    code, out, err = command("study", "encoders", "--dry-run", cwd=REPO, outputs=tmp_path, env=offline)
+    assert code == 0 and "33 runs" in out and "roberta-base" in out and "887,042" in out, err
+    code, out, err = command("study", "scaling", "--task", "sst2", "--dry-run", cwd=REPO, outputs=tmp_path, env=offline)
+    assert code == 0 and out.count("sst2-lora-r512-s") == 5 and "mnli" not in out, err
+
+
+def test_one_cell_of_encoders(command, tmp_path):
+    code, out, err = command("study", "encoders", "--methods", "lora", "--checkpoint", "minilm", "--data", "demo", "--max-train-examples", "64", "--max-eval-examples", "32", "--epochs", "1",
+                             cwd=REPO, outputs=tmp_path)
+    assert code == 0 and "1/1" in err and "222,338" in out, err
+
+
+def test_submission_of_real_data(command, tmp_path, tiny, glue):
+    "Every task in the folder: one short run each, and a file with the rows and words that the server expects."
+    (tmp_path/"settings.ini").write_text(f"[all]\ntask_name = {' '.join(TASKS)}\ncheckpoint = {tiny}\ndata = {glue}\nmax_train_examples = 32\nmax_eval_examples = 40\nn_epochs = 1\n[all.lora]\n")
+    code, out, err = command("study", "all", "--jobs", "2", cwd=tmp_path, timeout=600)
+    assert code == 0, err
+    code, out, err = command("predict", "all", cwd=tmp_path, timeout=600)
+    assert code == 2 and "QQP.tsv (no test file)" in err and "CoLA" not in err
+    code, out, err = command("predict", "all", "--fill", cwd=tmp_path, timeout=600)
+    assert code == 0, err
+    folder = tmp_path/"outputs/all/submission/best"
+    manifest = json.loads((folder/"manifest.json").read_text())["files"]
+    answered = []
+    with zipfile.ZipFile(folder/"submission.zip") as z:
+        assert sorted(z.namelist()) == sorted(SUBMISSION_ROWS)
+        for task in TASKS.values():
+            for split in splits(task).values():
+                if not split.submission: continue
+                header, *lines = z.read(split.submission).decode().rstrip("\n").split("\n")
+                rows = [line.split("\t") for line in lines]
+                assert header == "index\tprediction" and [int(i) for i, _ in rows] == list(range(SUBMISSION_ROWS[split.submission]))
+                if task.regression: assert all(0 <= float(p) <= 5 for _, p in rows)
+                else: assert {p for _, p in rows} <= set(task.words)
+                source = glue/split.file
+                assert source.is_file() == ("run_id" in manifest[split.submission]), split.submission
+                if source.is_file():
+                    answered.append(split.submission)
+                    assert len(rows) == sum(1 for _ in open(source, encoding="utf-8")) - (split.submission != "CoLA.tsv" or next(open(source)).startswith("index"))
+    print("answered by runs:", *answered)
+    labels = tmp_path/"labels"
+    labels.mkdir()
+    (labels/"RTE.tsv").write_text((folder/"RTE.tsv").read_text().replace("prediction", "label"))
+    code, out, err = command("score", folder, "--labels", labels, takes_outputs=False)
+    assert code == 0 and "3000" in out and "1.0000" in out, out + err
+
+
+def test_explore(study, undisturbed, tmp_path):
+    "The notebook, on a study of eight runs; on one whose runs are all of one method; and where there is no such study."
+    from papermill import PapermillExecutionError, execute_notebook
+    source = REPO/"nbs/experiments/explore.ipynb"
+    def explore(**parameters): return execute_notebook(source, tmp_path/"out.ipynb", dict(study="eight", outputs=str(study.folder/"quiet")) | parameters, kernel_name="python3", progress_bar=False)
+    text = json.dumps(explore().cells)
+    assert text.count("image/png") == 2 and "examples" in text and all(name in text for name in undisturbed)
+    assert "lora-r2" in json.dumps(explore(where="method == 'lora'").cells)
+    with pytest.raises(PapermillExecutionError, match="no study 'nine'"): explore(study="nine")
