@@ -28,8 +28,11 @@ def main():
     "What the console script calls."
     debug = "--debug" in sys.argv
     if debug: sys.argv.remove("--debug")
-    try: sys.exit(app(standalone_mode=False) or 0)
-    except KeyboardInterrupt: code, message = 130, "interrupted"
+    try:
+        code = app(standalone_mode=False) or 0
+        if code == 130: raise KeyboardInterrupt   # which typer makes a number
+        sys.exit(code)
+    except KeyboardInterrupt: code, message = 130, "interrupted; the same command goes on from here"
     except Exception as e:
         if debug: raise
         if type(e).__name__ == "NoArgsIsHelpError": print(e.format_message()); sys.exit(2)

@@ -18,11 +18,11 @@ from .runs import write_atomic, write_json
 
 # %% ../nbs/10b_submission.ipynb #7587b13d
 def choose(table, method:str|None=None) -> dict: # task → row of the table
-    "The best run on dev of each task, among all methods or of one."
+    "The best run on dev of each task, among all methods or of one, with `tried` configurations and `runs` to choose from."
     best = best_on_dev(table)
     if method and method not in set(best.method): raise BadInput(f"no finished run of method {method!r}: there are {', '.join(sorted(set(best.method))) or 'none'}")
     if method: best = best[best.method == method]
-    return {task: rows.loc[rows.score.idxmax()] for task, rows in best.groupby("task_name")}
+    return {task: pd.concat([rows.loc[rows.score.idxmax()].drop(["tried", "runs"]), rows[["tried", "runs"]].sum()]) for task, rows in best.groupby("task_name")}
 
 # %% ../nbs/10b_submission.ipynb #203fca34
 def answers(task, split:str, run, folder) -> list[str]:

@@ -1,5 +1,5 @@
 "Studies that are killed, crowded, or run out of disk and memory: every run once, nothing finished lost, the same bits."
-import json, os, random, resource, time
+import json, os, random, resource, signal, time
 import psutil, pytest
 from conftest import descendants, findings
 from peft_study.runs import hold
@@ -62,6 +62,19 @@ def test_kernels_die_with_their_sweep(study):
     child.kill(); child.communicate()
     gone, alive = psutil.wait_procs(processes, timeout=5)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_interrupted(study):
+    "Ctrl-C: one line, code 130, no process left; what is finished is in results.csv."
+    child = study("interrupted")
+    while not results(study.folder/"interrupted"): time.sleep(.05); assert child.poll() is None
+    processes = descendants(child.pid)
+    os.killpg(child.pid, signal.SIGINT)
+    out, _ = child.communicate(timeout=20)
+    assert child.returncode == 130 and out.strip().splitlines()[-1].startswith("peft-study: interrupted"), out
+    gone, alive = psutil.wait_procs(processes, timeout=5)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert "done" in (study.folder/"interrupted/eight/results.csv").read_text()
 
 
 def run_of(tiny, **more): return ["run", "--task", "cola", "--method", "lora", "--checkpoint", tiny, "--data", "demo", "--max-train-examples", "96", "--max-eval-examples", "20", "--epochs", "2",
