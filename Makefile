@@ -1,8 +1,8 @@
-# setup · demo · test; each makes .venv first when it is missing or out of date
+# setup · demo · test · report · docs; each makes .venv first when it is missing or out of date
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test
+.PHONY: setup demo test report docs
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -18,3 +18,11 @@ demo: setup
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -q
+
+STUDY ?= demo
+report: setup
+	$(BIN)/peft-study report $(STUDY)
+
+docs: setup
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto: https://quarto.org/docs/get-started" >&2; exit 2; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-docs

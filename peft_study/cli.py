@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Outputs', 'Minutes', 'Failed', 'main', 'config_flags', 'check', 'report_run', 'run', 'complete', 'print_table',
-           'trainable_parameters', 'list_study', 'study_', 'demo', 'predict', 'score', 'list_', 'evaluate', 'export',
-           'methods', 'doctor']
+           'trainable_parameters', 'list_study', 'study_', 'demo', 'predict', 'score', 'write_report', 'report_',
+           'trace', 'list_', 'evaluate', 'export', 'methods', 'doctor']
 
 # %% ../nbs/12_cli.ipynb #8c8ffcdb
 import inspect, os, sys
@@ -262,9 +262,10 @@ app.command("study", context_settings=dict(allow_extra_args=True, ignore_unknown
 @app.command()
 def demo(outputs:Outputs=Path("outputs"),
          jobs:Annotated[Optional[int], typer.Option(min=1, help="runs at a time (default: 2 where there are cores for it)")]=None):
-    "The demo study: offline, MiniLM on synthetic data, some minutes."
+    "The demo study and its report: offline, MiniLM on synthetic data, some minutes."
     from peft_study.config import read_study
     complete(read_study("demo"), outputs, _engine("local", outputs, jobs or min(2, os.cpu_count() or 1), 10))
+    write_report("demo", outputs, ["html", "typst"])
 
 # %% ../nbs/12_cli.ipynb #43dd658f
 @app.command()
@@ -292,6 +293,29 @@ def score(folder:Annotated[Path, typer.Argument(help="with the TSVs of a submiss
     print(f"mean over {len(tasks)} tasks {tasks.mean():.4f}")
 
 # %% ../nbs/12_cli.ipynb #c502f7bb
+def write_report(study, outputs, to):
+    from peft_study.report import report
+    files, missing = report(study, outputs, to)
+    for file in files: print(os.path.relpath(file))
+    if missing: print(f"peft-study: {missing}", file=sys.stderr)
+
+@app.command("report")
+def report_(study:Annotated[str, typer.Argument(help="a study with finished runs")], outputs:Outputs=Path("outputs"),
+            to:Annotated[str, typer.Option(help="html, typst (for a PDF), or both with a comma")]="html,typst"):
+    "The study as a paper: HTML, and a PDF where Quarto is installed."
+    write_report(study, outputs, _split(to))
+
+@app.command()
+def trace(table:Annotated[str, typer.Argument(help="tbl-main, for instance")], cell:Annotated[str, typer.Argument(help="mrpc/lora, for instance")], outputs:Outputs=Path("outputs"),
+          study:Annotated[Optional[str], typer.Option(help="default: that of the newest report")]=None):
+    "The runs behind a number of a report, and the commands that do them again."
+    from peft_study.report import trace_cell
+    study, found = trace_cell(table, cell, study, outputs)
+    print(f"{study}  {table}  {cell}: {found['text']}")
+    for run in found["runs"]:
+        folder = outputs/run["study"]/"runs"/run["run_id"]
+        print(f"{run['score']:.4f}  {run['run_id']}", f"{folder}/notebook.ipynb", f"{folder}/result.json", *[run["command"]] * bool(run["command"]), sep="\n        ")
+
 @app.command("list")
 def list_(study:Annotated[Optional[str], typer.Argument(help="only this study")]=None, outputs:Outputs=Path("outputs")):
     "The runs there are, and how far they are."

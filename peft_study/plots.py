@@ -57,13 +57,13 @@ def save(fig, path # without suffix
 
 # %% ../nbs/11_plots.ipynb #312f104a
 def label_lines(ax, ends:dict): # name → (x, y, colour)
-    "Write each name beside its point, at least a line of text apart."
-    if not ends: return
-    low, high = ax.get_ylim()
-    apart, last = 11 / (ax.get_window_extent().height / ax.figure.dpi * 72) * (high - low), -float("inf")
+    "Write each name beside its point; names that would lie on one another are moved up."
+    placed = []
     for name, (x, y, colour) in sorted(ends.items(), key=lambda e: e[1][1]):
-        last = max(y, last + apart)
-        ax.annotate(name, (x, y), (6, (last - y) / (high - low) * ax.get_window_extent().height / ax.figure.dpi * 72), textcoords="offset points", color=colour, fontsize=8, va="center", annotation_clip=False)
+        across, up = ax.transData.transform((x, y)) * 72 / ax.figure.dpi   # in points
+        at = max([up] + [other + 11 for left, other in sorted(placed) if abs(left - across) < 60 and up < other + 11])
+        placed.append((across, at))
+        ax.annotate(name, (x, y), (6, at - up), textcoords="offset points", color=colour, fontsize=8, va="center", annotation_clip=False)
 
 def _colours(methods):
     rest = iter(sns.color_palette("colorblind", 20))
