@@ -192,7 +192,7 @@ def short_name(entry) -> str:
 # %% ../nbs/11b_report.ipynb #0b6a05e6
 class Resolver:
     "Numbers for labels, names for citations."
-    def __init__(self, bib:dict): self.bib, self.numbers, self.counts, self.cited = bib, {}, {}, []
+    def __init__(self, bib:dict): self.bib, self.numbers, self.counts, self.cited, self.pictures = bib, {}, {}, [], []
 
     def number(self, label:str) -> str:
         kind = label.split("-")[0]
@@ -262,7 +262,8 @@ def plain(notebook, bib_file) -> str:
     page.append(nbformat.v4.new_markdown_cell("# References\n\n" + resolver.references()))
     nb.cells, nb.metadata["title"] = page, front.get("title", "")
     exporter = HTMLExporter(template_name="lab", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="", require_js_url="", jquery_url="")
-    text = exporter.from_notebook_node(nb)[0]
+    captions = iter(resolver.pictures)   # which say what a picture shows, in the place of nbconvert's "No description"
+    text = re.sub("No description has been provided for this image", lambda m: html.escape(next(captions, "")), exporter.from_notebook_node(nb)[0])
     return text.replace("</head>", "<style>body{max-width:62em;margin:auto;padding:1em} table{font-size:90%} .jp-RenderedHTMLCommon table{margin-left:0}</style></head>")
 
 def _with_caption(cell, resolver):
@@ -275,6 +276,7 @@ def _with_caption(cell, resolver):
     if not outputs: return []
     cell.outputs = outputs
     if "label" not in opts: return [cell]
+    resolver.pictures += [opts.get("fig-cap", "")] * sum("image/png" in o.get("data", {}) for o in outputs)
     caption = nbformat.v4.new_markdown_cell(f"<a id='{opts['label']}'></a>**{resolver.number(opts['label'])}.** {resolver(opts.get('tbl-cap') or opts.get('fig-cap') or '')}")
     return [caption, cell] if "tbl-cap" in opts else [cell, caption]
 

@@ -1,0 +1,121 @@
+"The report as its readers meet it: the page, its figures and links, and studies that lack something."
+import json, re, shutil
+from html.parser import HTMLParser
+import nbformat, pytest
+from conftest import REPO
+from peft_study.report import command_of
+from peft_study.runs import read_config
+
+pytestmark = pytest.mark.skipif(shutil.which("quarto") is not None, reason="Quarto is installed: the plain page is not made")
+
+
+class Page(HTMLParser):
+    "Links, anchors, pictures and text of a page."
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.ids, self.images, self.words, self.tag = [], set(), 0, [], None
+        self.feed(text)
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "a" and attrs.get("href"): self.links.append(attrs["href"])
+        if attrs.get("id"): self.ids.add(attrs["id"])
+        self.images += tag == "img"
+        self.tag = tag
+    def handle_data(self, data):
+        if self.tag not in ("style", "script"): self.words.append(data)
+    @property
+    def text(self): return " ".join(" ".join(self.words).split())
+
+
+def unresolved(page): return re.findall(r"@(?:fig|tbl|sec|eq)-\w+|\[@|@[a-z]+\d{4}\w+", page.text)
+
+
+def check_page(folder):
+    "What holds of every report; returns the page."
+    page, runs = Page((folder/"report.html").read_text()), Page((folder/"runs.html").read_text())
+    assert not unresolved(page) and "Traceback" not in page.text and "#| label" not in page.text and "nan" not in page.text.split()
+    assert page.images >= 4 and "No description" not in (folder/"report.html").read_text()
+    for link in page.links:
+        if link.startswith("#"): assert link[1:] in page.ids, link
+        elif link.startswith("runs.html#"): assert link.split("#")[1] in runs.ids, link
+        else: assert link.startswith("https://"), link
+    files = [link for link in runs.links if link.startswith("../")]
+    assert files and all((folder/link).exists() for link in files)
+    return page
+
+
+@pytest.fixture(scope="module")
+def reported(study, undisturbed):
+    "The report of a study of eight runs: four configurations, two seeds, one of them full fine-tuning of the top layer."
+    from peft_study.report import report
+    files, missing = report("eight", study.folder/"quiet")
+    assert "Quarto is not installed" in missing
+    return files[0].parent
+
+
+def test_page(reported, undisturbed):
+    page = check_page(reported)
+    for words in ("Abstract", "1 Introduction", "Table 3", "Figure 1", "Limitations", "References", "Houlsby", "synthetic", "there are no intervals", "Not run: the study ablation_init"):
+        assert words in page.text, words
+    assert all(run in page.text for run in undisturbed)
+    notebook = nbformat.read(reported/"report.ipynb", 4)
+    assert not [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.output_type in ("error", "stream")]
+
+
+def test_numbers_lead_to_runs(reported, study, command):
+    "Each mean of the trace is that of its runs, and each command is of the run's own identity."
+    tables = json.loads((reported/"trace.json").read_text())
+    runs = study.folder/"quiet/eight/runs"
+    for cell in tables["tbl-sizes"].values():
+        scores = [json.loads((runs/r["run_id"]/"result.json").read_text())["score"] for r in cell["runs"]]
+        assert cell["text"] == f"{100 * sum(scores) / len(scores):.1f}"
+        assert all(r["command"] == command_of(read_config(runs/r["run_id"])) for r in cell["runs"])
+    code, out, err = command("trace", "tbl-main", "cola/lora", outputs=study.folder/"quiet")
+    assert code == 0 and out.count("result.json") == 2 and out.count("peft-study run") == 2, err
+    code, out, err = command("trace", "tbl-main", "cola/prefix", outputs=study.folder/"quiet")
+    assert code == 2 and "there are cola/full, cola/adapter, cola/lora" in err
+    code, out, err = command("report", "nothing", outputs=study.folder/"quiet")
+    assert code == 2 and "no study 'nothing'" in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("keep, words", [
+    (dict(method="lora", size="r1", seed=0), "The study has no full fine-tuning"),
+    (dict(method="lora"), "no full fine-tuning"),
+    (dict(seed=0), "With 1 seed there are no intervals"),
+], ids=["one run", "a missing method", "one seed"])
+def test_what_is_missing_is_said(study, undisturbed, tmp_path, keep, words):
+    from peft_study.report import report
+    source = study.folder/"quiet/eight/runs"
+    for folder in source.iterdir():
+        config = read_config(folder)
+        if all(dict(method=config.method.name, size=config.method.size, seed=config.seed)[k] == v for k, v in keep.items()): shutil.copytree(folder, tmp_path/"eight/runs"/folder.name)
+    report("eight", tmp_path)
+    assert words in check_page(tmp_path/"eight/report").text
+
+
+def test_failed_run(study, undisturbed, tmp_path):
+    from peft_study.report import report
+    shutil.copytree(study.folder/"quiet/eight/runs", tmp_path/"eight/runs")
+    failed = next((tmp_path/"eight/runs").glob("cola-adapter-*-s1-*"))
+    (failed/"result.json").unlink(); (failed/"error.txt").write_text("OutOfMemoryError: out of memory at step 2\n")
+    report("eight", tmp_path)
+    page = check_page(tmp_path/"eight/report")
+    assert "1 run of the study has no result (1 failed)" in page.text and "out of memory at step 2" in page.text
+
+
+def test_source_follows_quarto():
+    "Labels, captions and options as Quarto wants them; nothing that belongs to one machine."
+    notebook, labels = nbformat.read(REPO/"reports/report.ipynb", 4), set()
+    text = "\n".join(c.source for c in notebook.cells)
+    for cell in notebook.cells:
+        options = dict(re.findall(r"^#\| ([\w-]+): (.*)$", cell.source, re.M)) if cell.cell_type == "code" else {}
+        if label := options.get("label"):
+            labels.add(label)
+            assert cell.source.startswith("#| label") and f"{label.split('-')[0]}-cap" in options and label.split("-")[0] in ("fig", "tbl"), label
+            assert re.fullmatch(r'".*"', options[f"{label.split('-')[0]}-cap"]), label
+    labels |= set(re.findall(r"\{#((?:sec|eq)-[\w-]+)\}", text))
+    assert set(re.findall(r"@((?:fig|tbl|sec|eq)-[\w-]+)", text)) <= labels
+    keys = set(re.findall(r"^@\w+\{([\w-]+),", (REPO/"reports/references.bib").read_text(), re.M))
+    assert set(re.findall(r"@([a-z]+\d{4}[a-z]+)", text)) <= keys
+    assert "/home/" not in text and "/work" not in text and "/tmp" not in text
+    assert "typst: default" in (REPO/"_quarto.yml").read_text()
