@@ -1,5 +1,5 @@
 "The report as its readers meet it: the page, its figures and links, and studies that lack something."
-import json, re, shutil
+import json, re, shutil, time
 from html.parser import HTMLParser
 import nbformat, pytest
 from conftest import REPO
@@ -101,6 +101,35 @@ def test_failed_run(study, undisturbed, tmp_path):
     report("eight", tmp_path)
     page = check_page(tmp_path/"eight/report")
     assert "1 run of the study has no result (1 failed)" in page.text and "out of memory at step 2" in page.text
+
+
+def test_a_thousand_runs(tmp_path):
+    "Table and figures of 1,000 run folders in under 20 seconds."
+    from peft_study.config import RunConfig
+    from peft_study.plots import cost_vs_score, difference_map, plt, relative_to_full, score_vs_parameters
+    from peft_study.report import Trace, main_table, size_table
+    from peft_study.results import compare, load_runs
+    from peft_study.runs import start_run
+    made = 0
+    for task in ("cola", "sst2", "mrpc", "stsb", "rte"):
+        for method, sizes in (("lora", "rank"), ("adapter", "bottleneck_size"), ("full", "top_k")):
+            for size in (1, 2, 4, 6, 8, 10, 12) if method == "full" else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+                for seed in range(8):
+                    if made == 1000: break
+                    config = RunConfig(task_name=task, method=method, seed=seed, study="many", data="demo", **{sizes: size})
+                    folder = start_run(config, tmp_path)
+                    dev = {m: .5 + made / 3000 for m in ("matthews", "accuracy", "f1", "pearson", "spearman")}
+                    (folder/"result.json").write_text(json.dumps(dict(run_id=config.run_id, size=config.method.size, score=.5 + made / 3000, config=config.flat(), dev=dict(last=dev, best=dev),
+                        parameters=dict(trainable=1000 * size, total=10**6, share=size / 1000), cost=dict(train_seconds=9, examples_per_second=9, peak_memory_bytes=1e9, adapter_bytes=1e6),
+                        provenance=dict(finished="2026", code="a"))))
+                    made += 1
+    assert made == 1000
+    start = time.time()
+    table, trace = load_runs("many", tmp_path), Trace()
+    for draw in (score_vs_parameters, relative_to_full, cost_vs_score, difference_map): plt.close(draw(table))
+    assert len(compare(table)) == 10 and main_table(table, trace) and size_table(table, trace)
+    print(f"{time.time() - start:.1f} s")
+    assert time.time() - start < 20
 
 
 def test_source_follows_quarto():
