@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from .config import RunConfig
 from .glue import BadInput, TASKS, METRICS
+from .plots import shown_name
 from .results import best_sizes, done, load_runs, means, runs_of, studies
 from .runs import read_config, write_atomic, write_json
 from .sweep import template
@@ -63,7 +64,7 @@ def main_table(table, trace:Trace, name:str="tbl-main") -> str:
     rows = []
     for task, cells in ((t, best[best.task_name == t]) for t in TASKS if t in set(best.task_name)):
         top = cells.loc[cells.score.idxmax()]
-        row = [TASKS[task].title, "/".join(metric_names(task))]
+        row = [shown_name(task, table), "/".join(metric_names(task))]
         for m in methods:
             if (c := cells[cells.method == m]).empty: row.append("—"); continue
             mark = "" if c.method.iloc[0] == top.method or not c.low.iloc[0] <= top.score <= c.high.iloc[0] else " †"
@@ -80,7 +81,7 @@ def size_table(table, trace:Trace, name:str="tbl-sizes") -> str:
     for c in means(table).sort_values(["task_name", "method", "parameters"]).itertuples():
         runs = runs_of(table, pd.DataFrame([c]))
         share = runs.parameters_share.iloc[0]
-        rows.append([TASKS[c.task_name].title, c.method, c.size, f"{c.parameters:,}", f"{share:.2%}", trace.cell(name, f"{c.task_name}/{c.method}/{c.size}", f"{100 * c.score:.1f}", runs),
+        rows.append([shown_name(c.task_name, table), c.method, c.size, f"{c.parameters:,}", f"{share:.2%}", trace.cell(name, f"{c.task_name}/{c.method}/{c.size}", f"{100 * c.score:.1f}", runs),
                      f"{100 * c.low:.1f} to {100 * c.high:.1f}" if c.n >= 3 else "—", c.n, c.tried])
     return markdown_table(["task", "method", "size", "parameters", "of all", "score", "95% interval", "seeds", "tried"], rows, right=3)
 
@@ -90,7 +91,7 @@ def cost_table(table, trace:Trace, name:str="tbl-cost") -> str:
     rows = []
     for c in best_sizes(table).sort_values(["task_name", "method"]).itertuples():
         runs = runs_of(table, pd.DataFrame([c]))
-        rows.append([TASKS[c.task_name].title, c.method, c.size, trace.cell(name, f"{c.task_name}/{c.method}", f"{runs.cost_train_seconds.mean():.0f}", runs), f"{runs.cost_examples_per_second.mean():.0f}",
+        rows.append([shown_name(c.task_name, table), c.method, c.size, trace.cell(name, f"{c.task_name}/{c.method}", f"{runs.cost_train_seconds.mean():.0f}", runs), f"{runs.cost_examples_per_second.mean():.0f}",
                      f"{runs.cost_peak_memory_bytes.mean() / 1e9:.2f}", f"{runs.cost_adapter_bytes.mean() / 1e6:.2f}"])
     return markdown_table(["task", "method", "size", "train, s", "examples/s", "peak memory, GB", "saved, MB"], rows, right=3)
 
@@ -105,7 +106,7 @@ def pair_table(table, column:str, a, b, trace:Trace, name:str, by=("task_name", 
         if len(both): found.append((key, sides, both, paired_seeds(both.a, both.b)))
     corrected = holm([p for *_, p in found])
     def p_text(p, q): return "—" if p != p else f"{p:.3f} ({q:.3f})"
-    rows = [[TASKS[key[0]].title if by[0] == "task_name" else key[0], *key[1:], *(trace.cell(name, "/".join(map(str, (*key, v))), f"{100 * s.score.mean():.1f}", s) for v, s in zip((a, b), sides)),
+    rows = [[shown_name(key[0], table) if by[0] == "task_name" else key[0], *key[1:], *(trace.cell(name, "/".join(map(str, (*key, v))), f"{100 * s.score.mean():.1f}", s) for v, s in zip((a, b), sides)),
              f"{100 * (both.a - both.b).mean():+.1f}", len(both), p_text(p, q)] for (key, sides, both, p), q in zip(found, corrected)]
     return markdown_table([*(k.removesuffix("_name") for k in by), str(a), str(b), "difference", "seeds", "p (Holm)"], rows, right=len(by)) if rows else ""
 
