@@ -127,7 +127,7 @@ def matrix_flops(precision:str, n:int=2048, repeats:int=8) -> float:
     return 2 * n**3 / min(once() for _ in range(repeats))
 
 # %% ../nbs/13_bench.ipynb #39d95a06
-METHODS = dict(full=dict(method="full", lr=5e-5), top_k=dict(method="full", top_k=2, lr=5e-5), adapter=dict(method="adapter", bottleneck_size=64, lr=1e-3), lora=dict(method="lora", rank=8, lr=1e-3))
+METHODS = dict(full=dict(method="full", lr=5e-5), top_k=dict(method="full", top_k=2, lr=5e-5, cache_frozen=True), adapter=dict(method="adapter", bottleneck_size=64, lr=1e-3), lora=dict(method="lora", rank=8, lr=1e-3))
 SIDES = dict(ours="auto", ours_fp32="fp32", peer="fp32")   # side → precision
 
 def one(side:str, settings:dict) -> dict:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Outputs', 'Minutes', 'Failed', 'main', 'config_flags', 'check', 'report_run', 'run', 'complete', 'print_table',
            'trainable_parameters', 'list_study', 'study_', 'demo', 'predict', 'score', 'write_report', 'report_',
-           'trace', 'list_', 'evaluate', 'export', 'methods', 'doctor']
+           'trace', 'list_', 'evaluate', 'export', 'bench_', 'methods', 'doctor']
 
 # %% ../nbs/12_cli.ipynb #8c8ffcdb
 import inspect, os, sys
@@ -349,6 +349,30 @@ def export(run_folder:Annotated[Path, typer.Argument(help="outputs/STUDY/runs/RU
     print(f"{to}: load it with {'peft.PeftModel' if peft else 'AutoModelForSequenceClassification'}.from_pretrained")
 
 # %% ../nbs/12_cli.ipynb #67acd2e1
+@app.command("bench")
+def bench_(tasks:Annotated[Optional[str], typer.Option(help="with commas (default: mrpc,rte,stsb,sst2,cola,qnli, as far as the data has them)")]=None, methods:Annotated[str, typer.Option(help="of full, top_k, adapter, lora")]="full,top_k,adapter,lora",
+           data:Annotated[str, typer.Option(help="a GLUE folder, or demo")]="demo", checkpoint:str="minilm",
+           examples:Annotated[int, typer.Option(min=32, help="to train on")]=320, epochs:Annotated[int, typer.Option(min=1)]=2, rounds:Annotated[int, typer.Option(min=1, help="of each side in turn")]=2,
+           output:Annotated[Path, typer.Option(help="for bench.json and bench.png")]=Path("outputs/bench")):
+    "Speed and memory beside what a user would run instead: 🤗 transformers and 🤗 peft in a plain loop."
+    from peft_study.bench import bench, plot, ratios
+    from peft_study.data import check_source
+    from peft_study.plots import save
+    from peft_study.runs import write_json
+    def there(task):
+        try: check_source(get_task(task), data); return True
+        except BadInput:
+            if tasks: raise
+    names = [t for t in _split(tasks or "mrpc,rte,stsb,sst2,cola,qnli") if there(t)]
+    if not names: raise BadInput(f"data {data!r} has none of the tasks to bench")
+    try: output.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise BadInput(f"output {str(output)!r}: cannot be written ({e.strerror})") from None
+    rows = bench(names, _split(methods), data, checkpoint, examples, epochs, rounds)
+    write_json(output/"bench.json", dict(rows=rows))
+    save(plot(rows), output/"bench")
+    for side in ("ours", "ours_fp32"): print(f"\n{side} over the peer", ratios(rows, side).round(2).to_string(index=False), sep="\n")
+    print(output/"bench.json", output/"bench.png", sep="\n")
+
 @app.command()
 def methods(names:Annotated[Optional[list[str]], typer.Argument(help="only these; package.module:Class for your own")]=None):
     "The methods there are: what learns, how many parameters, who described it."

@@ -40,6 +40,7 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31, description="of initial values, order and dropout")
     keep: Literal["last", "best"] = Field("last", description="whose weights are saved: the last or the best on dev")
     train_pooler: bool = Field(False, description="also train the encoder's pooler")
+    cache_frozen: bool = Field(False, description="frozen lower layers without dropout, their output computed once")
     max_train_examples: int|None = Field(None, ge=1, description="train on the first n of a fixed shuffle")
     max_eval_examples: int|None = Field(None, ge=1, description="evaluate on the first n")
     max_steps: int|None = Field(None, ge=1, description="stop after n optimisation steps")

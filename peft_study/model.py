@@ -45,6 +45,8 @@ def check_run(config:RunConfig):
     "`BadInput` if the checkpoint cannot be used, or the method or the length does not fit it."
     encoder = load_encoder_config(config.checkpoint, get_task(config.task_name).n_outputs)
     config.method.check(encoder)
+    if config.cache_frozen and (encoder.model_type not in ("bert", "roberta", "electra") or not (config.method.name == "head" or (getattr(config.method, "top_k", None) or encoder.num_hidden_layers) < encoder.num_hidden_layers)):
+        raise BadInput("cache_frozen needs a BERT, RoBERTa or ELECTRA whose lower layers stay frozen: full with top_k below its depth, or head")
     check_weights(config.checkpoint)
     load_tokenizer(config.checkpoint)
     positions = getattr(encoder, "max_position_embeddings", config.max_length)

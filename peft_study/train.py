@@ -20,6 +20,7 @@ from .model import build_model, check_run
 from .predict import decide, logits_of, write_predictions
 from .runs import (append_json, cut_metrics, die_with, hold, is_done, provenance, read_config, read_metrics, read_result, run_folder, start_run,
                              write_json)
+from .speed import FrozenLayers, speed_up
 
 # %% ../nbs/08_train.ipynb #cc1a6d23
 def seed_dropout(seed:int, step:int, rank:int):
@@ -178,7 +179,7 @@ def evaluate_epoch(config:RunConfig, state:TrainState, dev, pad_id:int, accelera
         if config.keep == "best": at["kept"] = {n: p.detach().clone() for n, p in trainable(raw).items()}
 
 # %% ../nbs/08_train.ipynb #b76575b1
-def train_epoch(config:RunConfig, state:TrainState, model, rows, lengths, pad_id:int, steps:int, accelerator, between=lambda: None):
+def train_epoch(config:RunConfig, state:TrainState, model, rows, lengths, pad_id:int, steps:int, accelerator, between=lambda: None, frozen:FrozenLayers|None=None):
     "Train to the end of the epoch, or of the run; `between` is called after each line of the log."
     log, at, regression = state.log, state.at, get_task(config.task_name).regression
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -189,7 +190,8 @@ def train_epoch(config:RunConfig, state:TrainState, model, rows, lengths, pad_id
         seed_dropout(config.seed, at["step"], rank)
         lr = state.scheduler.get_last_lr()[0]
         batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in local_batch(rows, index, pad_id, regression, rank, world).items()}
-        loss, norm = train_step(model, batch, state.optimizer, state.scheduler, accelerator, config.max_grad_norm, at["parts"])
+        with frozen.serving(index[rank::world] or index[:1], batch["input_ids"].shape[1], accelerator.device) if frozen else nullcontext():
+            loss, norm = train_step(model, batch, state.optimizer, state.scheduler, accelerator, config.max_grad_norm, at["parts"])
         at["step"] += 1
         real = [lengths[i] for i in index]
         log.add(loss, norm, len(index), sum(real), sum(max(real[r::world]) * len(real[r::world]) for r in range(min(world, len(real)))))
@@ -203,7 +205,7 @@ def train_epoch(config:RunConfig, state:TrainState, model, rows, lengths, pad_id
 def fit(config:RunConfig, folder:Path, accelerator, show, parts:int=1, minutes:float=10, saved=None):
     "Train the run of `folder`, or go on from `saved`; the data, and the state at the end."
     tokenizer = load_tokenizer(config.checkpoint)
-    data, raw = load_data(config, tokenizer), build_model(config).to(accelerator.device)
+    data, raw = load_data(config, tokenizer), speed_up(build_model(config).to(accelerator.device), config.precision, accelerator.device)
     model, pad_id = accelerator.prepare(raw), tokenizer.pad_token_id
     lengths = [len(x) for x in data["train"]["input_ids"]]
     per_epoch = math.ceil(len(lengths) / config.batch_size)
@@ -211,12 +213,16 @@ def fit(config:RunConfig, folder:Path, accelerator, show, parts:int=1, minutes:f
     log = Log(folder, accelerator, steps, round(len(lengths) * steps / per_epoch), show)
     state = TrainState(raw, *make_optimizer(raw, config, steps), log, parts)
     if saved: state.load(saved)
+    started, frozen = time.perf_counter(), None
+    if config.cache_frozen: frozen = FrozenLayers(raw, data["train"], pad_id, folder/f".frozen{accelerator.process_index}.tmp")
+    log.seconds += time.perf_counter() - started
     def save(): accelerator.is_main_process and state.save(folder)
     def save_now_and_then(): time.monotonic() - state.saved > 60 * minutes and save()
     while state.at["step"] < steps:
-        train_epoch(config, state, model, data["train"], lengths, pad_id, steps, accelerator, save_now_and_then)
+        train_epoch(config, state, model, data["train"], lengths, pad_id, steps, accelerator, save_now_and_then, frozen)
         evaluate_epoch(config, state, data["dev"], pad_id, accelerator)
         save()
+    if frozen: frozen.close()
     return data, pad_id, state
 
 # %% ../nbs/08_train.ipynb #28850cd4
