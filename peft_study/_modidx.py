@@ -4,6 +4,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
   'syms': { 'peft_study.bench': { 'peft_study.bench._examples': ('bench.html#_examples', 'peft_study/bench.py'),
                                   'peft_study.bench.bench': ('bench.html#bench', 'peft_study/bench.py'),
                                   'peft_study.bench.flops_per_token': ('bench.html#flops_per_token', 'peft_study/bench.py'),
+                                  'peft_study.bench.inference': ('bench.html#inference', 'peft_study/bench.py'),
                                   'peft_study.bench.matrix_flops': ('bench.html#matrix_flops', 'peft_study/bench.py'),
                                   'peft_study.bench.measured': ('bench.html#measured', 'peft_study/bench.py'),
                                   'peft_study.bench.one': ('bench.html#one', 'peft_study/bench.py'),

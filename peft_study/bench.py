@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SIDES', 'peer_model', 'peer_batches', 'train_peer', 'peer_loss', 'take', 'measured', 'train_ours',
-           'flops_per_token', 'matrix_flops', 'one', 'bench', 'ratios', 'plot']
+           'flops_per_token', 'matrix_flops', 'one', 'bench', 'ratios', 'plot', 'inference']
 
 # %% ../nbs/13_bench.ipynb #c37ff9d7
 import json, math, os, random, subprocess, sys, time
@@ -180,6 +180,27 @@ def plot(rows):
     ax.set(ylabel="examples a second,\nratio to the peer"); ax.grid(alpha=.25, axis="y")
     ax.legend(frameon=False, ncol=len(methods), fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1))
     return fig
+
+# %% ../nbs/13_bench.ipynb #76ee5787
+def inference(checkpoint="minilm", length:int=64, batch_sizes=(1, 64), repeats:int=20) -> list[dict]:
+    "A row a model and batch size: median `ms` of a forward pass, and its ratio to the encoder alone: the median over repetitions, with quartiles."
+    import numpy as np, torch
+    def build(**method): return build_model(RunConfig(task_name="sst2", data="demo", checkpoint=checkpoint, **method)).eval()
+    models = dict(encoder=build(method="head"), merged_lora=build(method="lora"), lora=build(method="lora"), adapter=build(method="adapter", bottleneck_size=64))
+    models["merged_lora"].run_config.method.merge(models["merged_lora"])
+    rows = []
+    for n in batch_sizes:
+        ids = torch.randint(1000, 2000, (n, length))
+        seconds = {name: [] for name in models}
+        with torch.inference_mode():
+            for repeat in range(repeats + 2):
+                for name in random.Random(repeat).sample(list(models), len(models)):
+                    start = time.perf_counter(); models[name](input_ids=ids)
+                    if repeat >= 2: seconds[name].append(time.perf_counter() - start)
+        for name, s in seconds.items():
+            low, middle, high = np.quantile(np.array(s) / np.array(seconds["encoder"]), [.25, .5, .75])
+            rows.append(dict(model=name, batch=n, ms=1e3 * median(s), per_second=n / median(s), ratio=middle, low=low, high=high))
+    return rows
 
 # %% ../nbs/13_bench.ipynb #a1413867
 if __name__ == "__main__":   # a process of `one`
