@@ -13,7 +13,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'peft_study.bench.peer_model': ('bench.html#peer_model', 'peft_study/bench.py'),
                                   'peft_study.bench.plot': ('bench.html#plot', 'peft_study/bench.py'),
                                   'peft_study.bench.ratios': ('bench.html#ratios', 'peft_study/bench.py'),
-                                  'peft_study.bench.take': ('bench.html#take', 'peft_study/bench.py'),
                                   'peft_study.bench.train_ours': ('bench.html#train_ours', 'peft_study/bench.py'),
                                   'peft_study.bench.train_peer': ('bench.html#train_peer', 'peft_study/bench.py')},
             'peft_study.checkpoint': { 'peft_study.checkpoint.drop_checkpoint': ( 'checkpoint.html#drop_checkpoint',

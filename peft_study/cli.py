@@ -295,7 +295,8 @@ def score(folder:Annotated[Path, typer.Argument(help="with the TSVs of a submiss
 # %% ../nbs/12_cli.ipynb #c502f7bb
 def write_report(study, outputs, to):
     from peft_study.report import report
-    files, missing = report(study, outputs, to)
+    try: files, missing = report(study, outputs, to)
+    except RuntimeError as e: raise Failed(str(e)) from None   # of Quarto
     for file in files: print(os.path.relpath(file))
     if missing: print(f"peft-study: {missing}", file=sys.stderr)
 

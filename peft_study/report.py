@@ -12,7 +12,7 @@ import html, json, os, re, shlex, shutil, subprocess
 from pathlib import Path
 import pandas as pd
 from .config import RunConfig
-from .glue import BadInput, TASKS, METRICS
+from .glue import BadInput, TASKS
 from .plots import shown_name
 from .results import best_sizes, done, load_runs, means, runs_of, studies
 from .runs import read_config, write_atomic, write_json
@@ -147,10 +147,11 @@ def root() -> Path: return template().parents[2]
 
 def execute_report(study:str, outputs="outputs") -> Path: # the executed notebook
     "Execute `reports/report.ipynb` for a study."
-    from papermill import PapermillExecutionError, execute_notebook
+    from papermill import execute_notebook
     import logging
     logging.getLogger("papermill").setLevel(logging.ERROR)
     if study not in studies(outputs): raise BadInput(f"no study {study!r} in {str(outputs)!r}: there are {', '.join(studies(outputs)) or 'none'}")
+    if not len(done(load_runs(study, outputs))): raise BadInput(f"study {study!r} has no finished run to report")
     folder = Path(outputs).resolve()/study/"report"
     folder.mkdir(parents=True, exist_ok=True)
     execute_notebook(root()/"reports"/"report.ipynb", folder/"report.ipynb", dict(study=study, outputs=str(os.path.relpath(Path(outputs).resolve(), folder))), kernel_name="python3", progress_bar=False,
