@@ -6,7 +6,7 @@
 __all__ = ['save_checkpoint', 'load_checkpoint', 'drop_checkpoint']
 
 # %% ../nbs/06b_checkpoint.ipynb #15bc80a4
-import hashlib, io, shutil
+import hashlib, io, os, shutil
 from pathlib import Path
 from .runs import code_version, write_atomic
 
@@ -15,11 +15,13 @@ def save_checkpoint(folder, # of the run
                     state:dict):
     "Replace the run's checkpoint by `state`, of tensors, numbers, strings and lists."
     import torch
-    buffer = io.BytesIO()
-    torch.save(dict(state=state, code=code_version(), torch=str(torch.__version__)), buffer)
-    content = buffer.getvalue()
+    def write(f):
+        torch.save(dict(state=state, code=code_version(), torch=str(torch.__version__)), f)
+        f.flush()
+        with open(f.name, "rb") as written: digest = hashlib.file_digest(written, "sha256").digest()
+        f.seek(0, os.SEEK_END); f.write(digest)
     (Path(folder)/"checkpoint").mkdir(exist_ok=True)
-    write_atomic(Path(folder)/"checkpoint"/"state.pt", hashlib.sha256(content).digest() + content)
+    write_atomic(Path(folder)/"checkpoint"/"state.pt", write)
 
 # %% ../nbs/06b_checkpoint.ipynb #2b61bad4
 def load_checkpoint(folder) -> dict|None:
@@ -28,8 +30,8 @@ def load_checkpoint(folder) -> dict|None:
     file = Path(folder)/"checkpoint"/"state.pt"
     if not file.is_file(): return None
     content = file.read_bytes()
-    if hashlib.sha256(content[32:]).digest() != content[:32]: return print(f"{file} is damaged: the run begins again")
-    saved = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]: return print(f"{file} is damaged: the run begins again")
+    saved = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
     if (saved["code"], saved["torch"]) != (code_version(), str(torch.__version__)): return print(f"{file} is of other code: the run begins again")
     return saved["state"]
 

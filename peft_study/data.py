@@ -203,7 +203,9 @@ def train_batches(lengths,        # tokens of each example
     for start in range(0, len(order), POOL * batch_size):
         pool = sorted(order[start:start + POOL * batch_size], key=lambda i: lengths[i])
         batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
-    return rng.sample(batches, len(batches))
+    longest = max(range(len(batches)), key=lambda i: lengths[batches[i][-1]])
+    batches.insert(0, batches.pop(longest))
+    return batches[:1] + rng.sample(batches[1:], len(batches) - 1)
 
 # %% ../nbs/02_data.ipynb #edaa8e29
 def eval_batches(lengths, batch_size:int=64) -> list[list[int]]:

@@ -13,6 +13,7 @@ from .glue import BadInput, Task, get_task, score, splits, to_word
 from .methods.core import load_adapter
 from .model import build_model
 from .runs import is_done, read_config
+from .speed import speed_up
 
 # %% ../nbs/07_predict.ipynb #4ab92ff9
 def logits_of(model, rows,        # from `tokenise`
@@ -67,13 +68,14 @@ def predict_split(folder,          # of a finished run
                   data:str=None,   # instead of the run's own
                   limit:int=None   # only the first examples
                  ):                # tokenised rows, logits
-    "A saved run's logits on a split, in the precision it was trained in."
+    "A saved run's logits on a split, computed as in training."
     import torch
     model, config = load_run(folder)
     tokenizer = load_tokenizer(config.checkpoint)
     rows = tokenise(read_split(get_task(config.task_name), split, data or config.data)[:limit], tokenizer, config.max_length)
-    if torch.cuda.is_available(): model.to("cuda")
-    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    speed_up(model.to(device), config.precision, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         return rows, logits_of(model, rows, tokenizer.pad_token_id)
 
 # %% ../nbs/07_predict.ipynb #e54dd965

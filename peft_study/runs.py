@@ -15,13 +15,15 @@ from .config import RunConfig
 from .glue import BadInput, get_task
 
 # %% ../nbs/06_runs.ipynb #858eee8d
-def write_atomic(path, content:str|bytes):
-    "Write `content` so that a crash at any moment leaves the old file or the new one."
+def write_atomic(path, content # text, or a function that writes to an open file
+                ):
+    "Write so that a crash at any moment leaves the old file or the new one."
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as f:
-            f.write(content if isinstance(content, bytes) else content.encode()); f.flush(); os.fsync(f.fileno())
+            content(f) if callable(content) else f.write(content.encode())
+            f.flush(); os.fsync(f.fileno())
         os.replace(beside, path)
     finally: beside.unlink(missing_ok=True)   # there is one only if the disk is full
 

@@ -5,6 +5,8 @@ from transformers import AutoModelForSequenceClassification
 from peft_study.encoders import FAMILIES, ROLES, tiny_config
 from peft_study.glue import BadInput
 from peft_study.methods.core import apply_method, check_method, find_method, method_names, random_batch, trainable
+from peft_study.speed import speed_up
+from peft_study.train import example_losses
 
 SETTINGS = dict(
     full=[dict(), dict(top_k=1)],
@@ -94,3 +96,16 @@ def test_gradients(method):
                     losses.append(model(**batch).loss.item())
                     p.view(-1)[i] -= sign * 1e-5
             assert p.grad.view(-1)[i].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4, abs=1e-9), f"{name}[{i}]"
+
+
+@pytest.mark.parametrize("kind, method", CELLS, ids=label)
+def test_bf16(kind, method):
+    "With the same dropout masks, the gradient in bf16 points where that in fp32 does."
+    def gradient(precision):
+        model = speed_up(applied(kind, method), precision, torch.device("cpu")).train()
+        batch = random_batch(model.config)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"): logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        example_losses(logits.float(), batch["labels"]).mean().backward()
+        return torch.cat([p.grad.flatten() for p in trainable(model).values() if p.grad is not None])
+    assert torch.cosine_similarity(gradient("fp32"), gradient("bf16"), dim=0) > .99

@@ -18,7 +18,7 @@ def lora_forward(linear, inputs, Wx): # inputs[0] (batch, length, d_in), Wx (bat
     if linear.lora_unmerged is not None: return Wx
     x = _dropped(linear, inputs[0])
     if linear.lora_blocks: return Wx + _in_blocks(linear, x[..., None, :, :] @ linear.lora_A.mT @ linear.lora_B.mT, Wx)
-    return Wx + linear.lora_scale * (x @ linear.lora_A.mT @ linear.lora_B.mT)
+    return Wx + linear.lora_scale * (x @ linear.lora_A.mT) @ linear.lora_B.mT   # scaled where it is r wide
 
 def _dropped(linear, x):
     "LoRA's own dropout, on the way to A only."
@@ -64,9 +64,9 @@ def dora_forward(linear, inputs, h): # h = W x + b
     "m / ‖W + (α/r) B A‖ · (W + (α/r) B A) x + b"
     if linear.lora_unmerged is not None: return h
     b = 0. if linear.bias is None else linear.bias
-    update = linear.lora_scale * (_dropped(linear, inputs[0]) @ linear.lora_A.mT @ linear.lora_B.mT)
+    update = linear.lora_scale * (_dropped(linear, inputs[0]) @ linear.lora_A.mT) @ linear.lora_B.mT
     norm = _direction(linear)[1].to(linear.lora_magnitude_vector.dtype)
-    return linear.lora_magnitude_vector / norm * (h - b + update) + b
+    return (linear.lora_magnitude_vector / norm * (h - b + update) + b).to(h.dtype)
 
 # %% ../../nbs/methods/03_lora.ipynb #1c5fe734
 def merge_lora(linear):
