@@ -352,27 +352,32 @@ def export(run_folder:Annotated[Path, typer.Argument(help="outputs/STUDY/runs/RU
 # %% ../nbs/12_cli.ipynb #67acd2e1
 @app.command("bench")
 def bench_(tasks:Annotated[Optional[str], typer.Option(help="with commas (default: mrpc,rte,stsb,sst2,cola,qnli, as far as the data has them)")]=None, methods:Annotated[str, typer.Option(help="of full, top_k, adapter, lora")]="full,top_k,adapter,lora",
+           sides:Annotated[str, typer.Option(help="of ours, ours_fp32, peer, trainer")]="ours,ours_fp32,peer", levers:Annotated[bool, typer.Option("--levers", help="also ours without each of its levers")]=False,
            data:Annotated[str, typer.Option(help="a GLUE folder, or demo")]="demo", checkpoint:str="minilm",
-           examples:Annotated[int, typer.Option(min=32, help="to train on")]=320, epochs:Annotated[int, typer.Option(min=1)]=2, rounds:Annotated[int, typer.Option(min=1, help="of each side in turn")]=2,
-           output:Annotated[Path, typer.Option(help="for bench.json and bench.png")]=Path("outputs/bench")):
-    "Speed and memory beside what a user would run instead: 🤗 transformers and 🤗 peft in a plain loop."
-    from peft_study.bench import bench, plot, ratios
+           examples:Annotated[int, typer.Option(min=32, help="to train on")]=320, eval_examples:Annotated[int, typer.Option(min=1, help="of the dev set to score")]=200,
+           epochs:Annotated[int, typer.Option(min=1)]=2, rounds:Annotated[int, typer.Option(min=1, help="of each side in turn, each with its seed")]=2,
+           output:Annotated[Path, typer.Option(help="for bench.json and bench.png; what is there already, of the same settings, is not measured again")]=Path("outputs/bench")):
+    "Speed, memory and dev scores beside what a user would run instead: 🤗 transformers and 🤗 peft in a plain loop, or 🤗 Trainer."
+    from peft_study.bench import LEVERS, bench, lever_table, line, plot, ratios, read_bench, write_bench
     from peft_study.data import check_source
     from peft_study.plots import save
-    from peft_study.runs import write_json
     def there(task):
         try: check_source(get_task(task), data); return True
         except BadInput:
             if tasks: raise
     names = [t for t in _split(tasks or "mrpc,rte,stsb,sst2,cola,qnli") if there(t)]
     if not names: raise BadInput(f"data {data!r} has none of the tasks to bench")
-    try: output.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise BadInput(f"output {str(output)!r}: cannot be written ({e.strerror})") from None
-    rows = bench(names, _split(methods), data, checkpoint, examples, epochs, rounds)
-    write_json(output/"bench.json", dict(rows=rows))
-    save(plot(rows), output/"bench")
-    for side in ("ours", "ours_fp32"): print(f"\n{side} over the peer", ratios(rows, side).round(2).to_string(index=False), sep="\n")
-    print(output/"bench.json", output/"bench.png", sep="\n")
+    common = dict(data=data, checkpoint=checkpoint, max_train_examples=examples, max_eval_examples=eval_examples, n_epochs=epochs)
+    rows = read_bench(output, common)
+    for row in bench(names, _split(methods), _split(sides), rounds, tuple(LEVERS) if levers else (), list(rows), **common):
+        print(line(row), flush=True)
+        rows.append(row); write_bench(output, common, rows)   # a row that is measured is kept
+    for side in ("ours", "ours_fp32"):
+        for base in ("peer", "trainer"):
+            if not (table := ratios(rows, side, base)).empty: print(f"\n{side} over {base}", table.round(2).to_string(index=False), sep="\n")
+    if not (table := lever_table(rows)).empty: print("\nours over ours without the lever", table.round(2).to_string(index=False), sep="\n")
+    if not ratios(rows).empty: save(plot(rows), output/"bench")
+    print(output/"bench.json")
 
 @app.command()
 def methods(names:Annotated[Optional[list[str]], typer.Argument(help="only these; package.module:Class for your own")]=None):
