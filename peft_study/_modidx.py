@@ -630,6 +630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'peft_study.train.launch': ('train.html#launch', 'peft_study/train.py'),
                                   'peft_study.train.load_data': ('train.html#load_data', 'peft_study/train.py'),
                                   'peft_study.train.local_batch': ('train.html#local_batch', 'peft_study/train.py'),
+                                  'peft_study.train.made_ahead': ('train.html#made_ahead', 'peft_study/train.py'),
                                   'peft_study.train.make_optimizer': ('train.html#make_optimizer', 'peft_study/train.py'),
                                   'peft_study.train.peak_memory': ('train.html#peak_memory', 'peft_study/train.py'),
                                   'peft_study.train.predict_kept': ('train.html#predict_kept', 'peft_study/train.py'),

@@ -270,7 +270,7 @@ def plot(rows):
     import matplotlib.pyplot as plt
     from peft_study.plots import COLOURS
     table = ratios(rows)
-    fig, ax = plt.subplots(figsize=(1.5 + 1.2 * table.task.nunique(), 3), layout="constrained")
+    fig, ax = plt.subplots(figsize=(max(5, 1.5 + 1.2 * table.task.nunique()), 3), layout="constrained")
     tasks, methods = list(dict.fromkeys(table.task)), list(dict.fromkeys(table.method))
     for i, m in enumerate(methods):
         g = table[table.method == m]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['seed_dropout', 'example_losses', 'local_batch', 'backward', 'train_step', 'make_optimizer', 'load_data', 'progress',
-           'status_line', 'Log', 'TrainState', 'evaluate_epoch', 'train_epoch', 'fit', 'predict_kept', 'peak_memory',
-           'begin', 'record', 'run', 'launch', 'is_out_of_memory', 'with_less_memory', 'train']
+           'status_line', 'Log', 'TrainState', 'evaluate_epoch', 'made_ahead', 'train_epoch', 'fit', 'predict_kept',
+           'peak_memory', 'begin', 'record', 'run', 'launch', 'is_out_of_memory', 'with_less_memory', 'train']
 
 # %% ../nbs/08_train.ipynb #a5c75d93
 import math, random, sys, time
@@ -178,6 +178,18 @@ def evaluate_epoch(config:RunConfig, state:TrainState, dev, pad_id:int, accelera
         at["best"] = at["last"]
         if config.keep == "best": at["kept"] = {n: p.detach().clone() for n, p in trainable(raw).items()}
 
+# %% ../nbs/08_train.ipynb #a73620ba
+def made_ahead(make, items, n:int=2):
+    "`make` of each item, in order, made in a thread up to `n` before they are asked for."
+    from collections import deque
+    from concurrent.futures import ThreadPoolExecutor
+    waiting = deque()
+    with ThreadPoolExecutor(1) as thread:
+        for item in items:
+            waiting.append(thread.submit(make, item))
+            if len(waiting) > n: yield waiting.popleft().result()
+        while waiting: yield waiting.popleft().result()
+
 # %% ../nbs/08_train.ipynb #b76575b1
 def train_epoch(config:RunConfig, state:TrainState, model, rows, lengths, pad_id:int, steps:int, accelerator, between=lambda: None, frozen:FrozenLayers|None=None):
     "Train to the end of the epoch, or of the run; `between` is called after each line of the log."
@@ -186,10 +198,12 @@ def train_epoch(config:RunConfig, state:TrainState, model, rows, lengths, pad_id
     batches, every = train_batches(lengths, config.batch_size, config.seed, at["epoch"]), max(1, steps // 200)
     model.train()
     started = time.perf_counter()
-    for index in batches[at["step"] - at["epoch"] * len(batches):steps - at["epoch"] * len(batches)]:
+    todo, on_gpu = batches[at["step"] - at["epoch"] * len(batches):steps - at["epoch"] * len(batches)], accelerator.device.type == "cuda"
+    def make(index): return {k: v.pin_memory() if on_gpu else v for k, v in local_batch(rows, index, pad_id, regression, rank, world).items()}
+    for index, batch in zip(todo, made_ahead(make, todo) if on_gpu else map(make, todo)):
         seed_dropout(config.seed, at["step"], rank)
         lr = state.scheduler.get_last_lr()[0]
-        batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in local_batch(rows, index, pad_id, regression, rank, world).items()}
+        batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
         with frozen.serving(index[rank::world] or index[:1], batch["input_ids"].shape[1], accelerator.device) if frozen else nullcontext():
             loss, norm = train_step(model, batch, state.optimizer, state.scheduler, accelerator, config.max_grad_norm, at["parts"])
         at["step"] += 1
