@@ -168,7 +168,9 @@ GROUPS = {"matrix products": ("mm", "addmm", "bmm", "baddbmm"), "copies and cast
 def where_time_goes(config:RunConfig, steps:int=8) -> dict[str, float]:
     "Group of operations → share of the time of `steps` training steps on a processor."
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from torch.profiler import ProfilerActivity, profile
+    AcceleratorState._reset_state()   # another run of this process may have had another precision
     tokenizer = load_tokenizer(config.checkpoint)
     rows, accelerator = load_data(config, tokenizer)["train"], Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=True)
     model = accelerator.prepare(speed_up(build_model(config), config.precision, accelerator.device)).train()

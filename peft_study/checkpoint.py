@@ -6,20 +6,28 @@
 __all__ = ['save_checkpoint', 'load_checkpoint', 'drop_checkpoint']
 
 # %% ../nbs/06b_checkpoint.ipynb #15bc80a4
-import hashlib, io, os, shutil
+import hashlib, io, shutil
 from pathlib import Path
 from .runs import code_version, write_atomic
 
 # %% ../nbs/06b_checkpoint.ipynb #d2a34a2a
+class _Hashed:
+    "A file that hashes what it is given, and remembers the error that torch does not pass on."
+    def __init__(self, file): self.file, self.hash, self.error = file, hashlib.sha256(), None
+    def write(self, content):
+        self.hash.update(content)
+        try: return self.file.write(content)
+        except OSError as e: self.error = e; raise
+
 def save_checkpoint(folder, # of the run
                     state:dict):
     "Replace the run's checkpoint by `state`, of tensors, numbers, strings and lists."
     import torch
     def write(f):
-        torch.save(dict(state=state, code=code_version(), torch=str(torch.__version__)), f)
-        f.flush()
-        with open(f.name, "rb") as written: digest = hashlib.file_digest(written, "sha256").digest()
-        f.seek(0, os.SEEK_END); f.write(digest)
+        out = _Hashed(f)
+        try: torch.save(dict(state=state, code=code_version(), torch=str(torch.__version__)), out)
+        except RuntimeError: raise out.error or RuntimeError(f"{f.name} cannot be written") from None
+        f.write(out.hash.digest())
     (Path(folder)/"checkpoint").mkdir(exist_ok=True)
     write_atomic(Path(folder)/"checkpoint"/"state.pt", write)
 
