@@ -29,6 +29,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'peft_study.checkpoint': { 'peft_study.checkpoint._Hashed': ('checkpoint.html#_hashed', 'peft_study/checkpoint.py'),
                                        'peft_study.checkpoint._Hashed.__init__': ( 'checkpoint.html#_hashed.__init__',
                                                                                    'peft_study/checkpoint.py'),
+                                       'peft_study.checkpoint._Hashed.flush': ('checkpoint.html#_hashed.flush', 'peft_study/checkpoint.py'),
                                        'peft_study.checkpoint._Hashed.write': ('checkpoint.html#_hashed.write', 'peft_study/checkpoint.py'),
                                        'peft_study.checkpoint.drop_checkpoint': ( 'checkpoint.html#drop_checkpoint',
                                                                                   'peft_study/checkpoint.py'),

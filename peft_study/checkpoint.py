@@ -18,6 +18,7 @@ class _Hashed:
         self.hash.update(content)
         try: return self.file.write(content)
         except OSError as e: self.error = e; raise
+    def flush(self): self.file.flush()
 
 def save_checkpoint(folder, # of the run
                     state:dict):
@@ -26,7 +27,7 @@ def save_checkpoint(folder, # of the run
     def write(f):
         out = _Hashed(f)
         try: torch.save(dict(state=state, code=code_version(), torch=str(torch.__version__)), out)
-        except RuntimeError: raise out.error or RuntimeError(f"{f.name} cannot be written") from None
+        except RuntimeError as e: raise out.error or e from None
         f.write(out.hash.digest())
     (Path(folder)/"checkpoint").mkdir(exist_ok=True)
     write_atomic(Path(folder)/"checkpoint"/"state.pt", write)
