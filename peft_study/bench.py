@@ -10,6 +10,7 @@ __all__ = ['LEVERS', 'GROUPS', 'METHODS', 'SIDES', 'peer_model', 'peer_batches',
 
 # %% ../nbs/13_bench.ipynb #c37ff9d7
 import json, random, subprocess, sys, time
+from itertools import product
 from pathlib import Path
 from statistics import median
 from .config import RunConfig
@@ -207,13 +208,17 @@ def _names(given, known, what):
 def bench(tasks=("mrpc", "rte", "stsb", "sst2", "cola", "qnli"), methods=tuple(METHODS), sides=("ours", "ours_fp32", "peer"), rounds:int=2, # each with its seed
           without=(), # levers to leave out of ours, one at a time
           done=(),    # rows that need not be measured again
+          show=nothing, # is told what is next, and what is left
           **common):  # settings of all runs
     "Yields a row a task, method, round and side; a side can be `ours without LEVER`."
     _names(methods, METHODS, "method"); _names(sides, SIDES, "side"); _names(without, LEVERS, "lever")
     there = {(r["task"], r["method"], r["round"], r["side"]) for r in done}
-    for key in ((t, m, r, s) for t in tasks for m in methods for r in range(rounds) for s in (*sides, *(f"ours without {lever}" for lever in without))):
-        if key in there: continue
-        (task, method, r, name), (side, _, lever) = key, key[3].partition(" without ")
+    todo = [key for key in product(tasks, methods, range(rounds), (*sides, *(f"ours without {lever}" for lever in without))) if key not in there]
+    began = time.monotonic()
+    for n, (task, method, r, name) in enumerate(todo):
+        left = f" · {(time.monotonic() - began) / n * (len(todo) - n) / 60:.0f} min left" if n else ""
+        show(f"{n + 1} of {len(todo)} · {task} {method} {name}{left}")
+        side, _, lever = name.partition(" without ")
         settings = dict(data="demo", checkpoint="minilm", max_train_examples=320, max_eval_examples=200, n_epochs=2) | common | dict(task_name=task, train_pooler=True, seed=r, precision=SIDES[side]) | METHODS[method]
         yield dict(task=task, method=method, round=r, side=name) | one(side, settings, lever or None)
 

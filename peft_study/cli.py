@@ -361,6 +361,7 @@ def bench_(tasks:Annotated[Optional[str], typer.Option(help="with commas (defaul
     from peft_study.bench import LEVERS, bench, lever_table, line, plot, ratios, read_bench, write_bench
     from peft_study.data import check_source
     from peft_study.plots import save
+    from peft_study.train import status_line
     def there(task):
         try: check_source(get_task(task), data); return True
         except BadInput:
@@ -369,8 +370,9 @@ def bench_(tasks:Annotated[Optional[str], typer.Option(help="with commas (defaul
     if not names: raise BadInput(f"data {data!r} has none of the tasks to bench")
     common = dict(data=data, checkpoint=checkpoint, max_train_examples=examples, max_eval_examples=eval_examples, n_epochs=epochs)
     rows = read_bench(output, common)
-    for row in bench(names, _split(methods), _split(sides), rounds, tuple(LEVERS) if levers else (), list(rows), **common):
-        print(line(row), flush=True)
+    show = status_line()
+    for row in bench(names, _split(methods), _split(sides), rounds, tuple(LEVERS) if levers else (), list(rows), show, **common):
+        show(""); print(line(row), flush=True)
         rows.append(row); write_bench(output, common, rows)   # a row that is measured is kept
     for side in ("ours", "ours_fp32"):
         for base in ("peer", "trainer"):

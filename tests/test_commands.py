@@ -165,3 +165,19 @@ def test_notebook_by_hand(tmp_path):
     done = subprocess.run([sys.executable, str(tmp_path/"session.py")], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, done.stdout[-3000:]
     assert sorted(f.name.split("-")[0] for f in (tmp_path/"adhoc/runs").iterdir()) == ["cola", "mrpc", "rte"]
+
+
+def test_bench(command, tmp_path):
+    "Measured rows are kept and not measured again; other settings, methods, sides and tasks are refused."
+    def bench(**more):
+        flags = dict(tasks="sst2", methods="lora", sides="ours", rounds="1", examples="32", eval_examples="8", epochs="1", output=tmp_path/"bench") | more
+        return command("bench", *(word for k, v in flags.items() for word in ("--" + k.replace("_", "-"), v)), takes_outputs=False)
+    code, out, err = bench()
+    assert code == 0 and "examples/s" in out, err
+    record = (tmp_path/"bench/bench.json").read_text()
+    code, out, err = bench()
+    assert code == 0 and "examples/s" not in out and json.loads(record)["rows"] == json.loads((tmp_path/"bench/bench.json").read_text())["rows"]
+    for more, says in ((dict(epochs="2"), "its rows have n_epochs 1, not 2"), (dict(methods="lroa"), "unknown method 'lroa'"), (dict(sides="theirs"), "unknown side 'theirs'"), (dict(tasks="xyz"), "xyz"),
+                       (dict(data=tmp_path/"nowhere"), "no such folder"), (dict(examples="3"), "examples")):
+        code, out, err = bench(**more)
+        assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
