@@ -48,7 +48,8 @@ def train_peer(config:RunConfig) -> dict:
     import torch
     from accelerate import Accelerator
     from transformers import get_scheduler
-    rows, tokenizer = load_data(config, load_tokenizer(config.checkpoint)), load_tokenizer(config.checkpoint)   # the same examples
+    tokenizer = load_tokenizer(config.checkpoint)
+    rows = load_data(config, tokenizer)   # the same examples
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     model = peer_model(config)
     torch.manual_seed(config.seed)
@@ -81,10 +82,10 @@ def peer_loss(model, batch, task):
 # %% ../nbs/13_bench.ipynb #74484b89
 def train_trainer(config:RunConfig) -> dict:
     "🤗's `Trainer`, with its defaults."
-    import torch
     from tempfile import TemporaryDirectory
     from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
-    rows, tokenizer = load_data(config, load_tokenizer(config.checkpoint)), load_tokenizer(config.checkpoint)
+    tokenizer = load_tokenizer(config.checkpoint)
+    rows = load_data(config, tokenizer)
     clock, processed, pad = [], [], DataCollatorWithPadding(tokenizer)
     class Clock(TrainerCallback):
         def on_epoch_begin(self, *a, **kw): clock.append(time.perf_counter())
@@ -179,7 +180,6 @@ def where_time_goes(config:RunConfig, steps:int=8) -> dict[str, float]:
     def step(index): train_step(model, local_batch(rows, index, tokenizer.pad_token_id, get_task(config.task_name).regression), optimizer, schedule, accelerator, config.max_grad_norm)
     batches = train_batches([len(x) for x in rows["input_ids"]], config.batch_size, config.seed, 0)
     for index in batches[:steps]: step(index)
-    start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         start = time.perf_counter()
         for index in batches[:steps]: step(index)
