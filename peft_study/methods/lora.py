@@ -14,8 +14,7 @@ from .core import Method
 
 # %% ../../nbs/methods/03_lora.ipynb #b5e565db
 def lora_forward(linear, inputs, Wx): # inputs[0] (batch, length, d_in), Wx (batch, length, d_out)
-    "W x + (α/r) B A x, unless the update stands in W already"
-    if linear.lora_unmerged is not None: return Wx
+    "W x + (α/r) B A x"
     x = _dropped(linear, inputs[0])
     if linear.lora_blocks: return Wx + _in_blocks(linear, x[..., None, :, :] @ linear.lora_A.mT @ linear.lora_B.mT, Wx)
     return Wx + linear.lora_scale * (x @ linear.lora_A.mT) @ linear.lora_B.mT   # scaled where it is r wide
@@ -43,7 +42,7 @@ def add_lora(linear,           # nn.Linear, changed in place
     linear.lora_B = Parameter(torch.zeros(*stack, d_out // of, rank))
     if dora: linear.lora_magnitude_vector = Parameter(linear.weight.detach().float().norm(dim=1))
     linear.lora_scale, linear.lora_dropout, linear.lora_blocks, linear.lora_unmerged = scale, dropout, blocks, None
-    linear.register_forward_hook(dora_forward if dora else lora_forward)
+    linear.lora_hook = linear.register_forward_hook(dora_forward if dora else lora_forward)
 
 # %% ../../nbs/methods/03_lora.ipynb #5b6a2ff2
 def _in_blocks(linear, updates, like): # updates (…, blocks, length, d_out / n); like (…, length, d_out)
@@ -62,7 +61,6 @@ def _direction(linear):
 
 def dora_forward(linear, inputs, h): # h = W x + b
     "m / ‖W + (α/r) B A‖ · (W + (α/r) B A) x + b"
-    if linear.lora_unmerged is not None: return h
     b = 0. if linear.bias is None else linear.bias
     update = linear.lora_scale * (_dropped(linear, inputs[0]) @ linear.lora_A.mT) @ linear.lora_B.mT
     norm = _direction(linear)[1].to(linear.lora_magnitude_vector.dtype)
@@ -76,11 +74,13 @@ def merge_lora(linear):
     if (m := getattr(linear, "lora_magnitude_vector", None)) is not None: V = (m.detach().float() / norm)[:, None] * V
     linear.lora_unmerged = linear.weight.detach().clone()
     linear.weight.data = V.to(linear.weight.dtype)
+    linear.lora_hook.remove()   # what is merged costs nothing
 
 def unmerge_lora(linear):
     "W as it was before `merge_lora`, bit for bit."
     if linear.lora_unmerged is None: return
     linear.weight.data, linear.lora_unmerged = linear.lora_unmerged, None
+    linear.lora_hook = linear.register_forward_hook(dora_forward if hasattr(linear, "lora_magnitude_vector") else lora_forward)
 
 # %% ../../nbs/methods/03_lora.ipynb #342d67dc
 class LoRA(Method):
