@@ -463,6 +463,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'peft_study.plots.difference_map': ('plots.html#difference_map', 'peft_study/plots.py'),
                                   'peft_study.plots.label_lines': ('plots.html#label_lines', 'peft_study/plots.py'),
                                   'peft_study.plots.layer_diagram': ('plots.html#layer_diagram', 'peft_study/plots.py'),
+                                  'peft_study.plots.number': ('plots.html#number', 'peft_study/plots.py'),
                                   'peft_study.plots.published_scaling': ('plots.html#published_scaling', 'peft_study/plots.py'),
                                   'peft_study.plots.relative_to_full': ('plots.html#relative_to_full', 'peft_study/plots.py'),
                                   'peft_study.plots.save': ('plots.html#save', 'peft_study/plots.py'),

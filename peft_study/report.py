@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from .config import RunConfig
 from .glue import BadInput, TASKS
-from .plots import shown_name
+from .plots import number, shown_name
 from .results import best_sizes, done, load_runs, means, runs_of, studies
 from .runs import read_config, write_atomic, write_json
 from .sweep import template

@@ -147,4 +147,4 @@ def test_source_follows_quarto():
     keys = set(re.findall(r"^@\w+\{([\w-]+),", (REPO/"reports/references.bib").read_text(), re.M))
     assert set(re.findall(r"@([a-z]+\d{4}[a-z]+)", text)) <= keys
     assert "/home/" not in text and "/work" not in text and "/tmp" not in text
-    assert "typst: default" in (REPO/"_quarto.yml").read_text()
+    assert "breakable" in (REPO/"_quarto.yml").read_text()
