@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOL', 'Example', 'read_tsv', 'read_hub', 'read_demo', 'has_split', 'check_source', 'read_split', 'train_rows',
-           'check_data', 'glue_folder', 'file_hash', 'data_fingerprint', 'tokenise', 'minilm_folder', 'load_tokenizer',
-           'train_batches', 'eval_batches', 'collate']
+           'check_data', 'hold_back', 'glue_folder', 'file_hash', 'data_fingerprint', 'tokenise', 'minilm_folder',
+           'load_tokenizer', 'train_batches', 'eval_batches', 'collate']
 
 # %% ../nbs/02_data.ipynb #067f1f15
 import hashlib, random
@@ -125,6 +125,22 @@ def check_data(task:Task, data:str):
     check_source(task, data)
     for split in splits(task):
         if has_split(task, split, data): read_split(task, split, data)
+
+# %% ../nbs/02_data.ipynb #ae067b6e
+def hold_back(task:Task, examples:list[Example], # of the training set
+              share:float                        # of them, to tune on
+             ) -> tuple[list, list]:             # to train on, to tune on; each in the order of `examples`
+    "Split a training set in two, stratified by label; `BadInput` where it is too small for that."
+    import pandas as pd
+    from sklearn.model_selection import train_test_split
+    if not share: return examples, []
+    labels = [e.label for e in examples]
+    if task.regression: labels = pd.qcut(labels, min(10, len(labels) // 2 or 1), labels=False, duplicates="drop")
+    held, numbers = round(share * len(examples)), range(len(examples))
+    try: train, tune = train_test_split(numbers, test_size=held, stratify=labels, random_state=0)
+    except ValueError:
+        raise BadInput(f"tune_share {share:g} of {len(examples)} training examples is too small to hold some of each label") from None
+    return [examples[i] for i in sorted(train)], [examples[i] for i in sorted(tune)]
 
 # %% ../nbs/02_data.ipynb #dacf300b
 def glue_folder() -> Path|None:

@@ -58,6 +58,12 @@ class Method(BaseModel):
     @property
     def size(self) -> str: return "all"
 
+# %% ../../nbs/methods/00_core.ipynb #4dbdcf76
+@patch(as_prop=True)
+def label(self:Method) -> str:
+    "As tables and figures name it: the method with its variant."
+    return f"{self.name} {getattr(self, 'variant', '')}".strip()
+
 # %% ../../nbs/methods/00_core.ipynb #74249396
 @patch
 def check(self:Method, config):

@@ -27,6 +27,9 @@ class Full(Method):
     @property
     def size(self): return f"k{self.top_k}" if self.top_k else "all"
 
+    @property
+    def label(self): return "top_k" if self.top_k else "full"
+
     def check(self, config):
         if self.top_k and self.top_k > config.num_hidden_layers:
             raise BadInput(f"top_k must be at most the encoder's {config.num_hidden_layers} layers, got {self.top_k}")
