@@ -14,8 +14,8 @@ from base64 import b64decode
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-import nbformat, yaml
 import pandas as pd
+import yaml
 from .config import RunConfig
 from .glue import BadInput, TASKS
 from .plots import number, shown_name
@@ -162,8 +162,8 @@ def without_empty_captions(nb):
 
 def execute_report(study:str, outputs="outputs") -> Path: # the executed notebook
     "Execute `reports/report.ipynb` for a study."
+    import logging, nbformat
     from papermill import execute_notebook
-    import logging
     logging.getLogger("papermill").setLevel(logging.ERROR)
     if study not in studies(outputs): raise BadInput(f"no study {study!r} in {str(outputs)!r}: there are {', '.join(studies(outputs)) or 'none'}")
     if not len(done(load_runs(study, outputs))): raise BadInput(f"study {study!r} has no finished run to report")
@@ -208,13 +208,14 @@ def _shown(data:dict, opts:dict, file:Path) -> str: # file: for a picture, witho
     if "image/svg+xml" in data or "image/png" in data:
         file = file.with_suffix(".svg" if "image/svg+xml" in data else ".png")
         file.write_bytes(data["image/svg+xml"].encode() if file.suffix == ".svg" else b64decode(data["image/png"]))
-        alt = opts.get("fig-alt", "").replace('"', '\\"')
+        alt = opts.get("fig-alt", opts.get("fig-cap", "")).replace('"', '\\"')
         return f'![{opts.get("fig-cap", "")}]({file.name}){{{label}alt="{alt}"}}'
     text = data.get("text/markdown", "")
     return f"{text}\n\n: {opts['tbl-cap']} {{{label}}}" if "tbl-cap" in opts else text
 
 def as_markdown(notebook, folder) -> str:
     "What an executed notebook says and shows; its pictures become files of `folder`."
+    import nbformat
     parts = []
     for i, cell in enumerate(nbformat.read(notebook, 4).cells):
         if cell.cell_type == "code":
@@ -269,6 +270,8 @@ table { font-size: 90%; width: auto; margin: 1em 0; } td, th { padding: .2em .8e
 caption, figcaption { text-align: left; margin: .4em 0; }
 </style>''',
     typst='''#set figure(numbering: none, supplement: none)
+#set table(inset: (x: 6pt, y: 3pt))
+#show table: set text(size: 9pt)
 #show math.equation.where(block: true): it => block(width: 100%, align(center, it))
 ''')
 

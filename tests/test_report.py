@@ -1,25 +1,25 @@
 "The report as its readers meet it: the page, its figures and links, and studies that lack something."
-import json, re, shutil, time
+import json, re, resource, shutil, time
+from collections import defaultdict
 from html.parser import HTMLParser
 import nbformat, pytest
 from conftest import REPO
-from peft_study.report import command_of
-from peft_study.runs import read_config
-
-pytestmark = pytest.mark.skipif(shutil.which("quarto") is not None, reason="Quarto is installed: the plain page is not made")
+from peft_study.config import RunConfig
+from peft_study.report import command_of, execute_report, plain, quarto_program, report
+from peft_study.runs import read_config, start_run
 
 
 class Page(HTMLParser):
     "Links, anchors, pictures and text of a page."
     def __init__(self, text):
         super().__init__()
-        self.links, self.ids, self.images, self.words, self.tag = [], set(), 0, [], None
+        self.links, self.ids, self.alts, self.words, self.tag = [], set(), [], [], None
         self.feed(text)
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         if tag == "a" and attrs.get("href"): self.links.append(attrs["href"])
         if attrs.get("id"): self.ids.add(attrs["id"])
-        self.images += tag == "img"
+        if tag == "img": self.alts.append(attrs.get("alt", ""))
         self.tag = tag
     def handle_data(self, data):
         if self.tag not in ("style", "script"): self.words.append(data)
@@ -34,7 +34,7 @@ def check_page(folder):
     "What holds of every report; returns the page."
     page, runs = Page((folder/"report.html").read_text()), Page((folder/"runs.html").read_text())
     assert not unresolved(page) and "Traceback" not in page.text and "#| label" not in page.text and "nan" not in page.text.split()
-    assert page.images >= 4 and "No description" not in (folder/"report.html").read_text()
+    assert len(page.alts) >= 4 and all(page.alts)   # pictures say what they show
     for link in page.links:
         if link.startswith("#"): assert link[1:] in page.ids, link
         elif link.startswith("runs.html#"): assert link.split("#")[1] in runs.ids, link
@@ -44,20 +44,49 @@ def check_page(folder):
     return page
 
 
+def squeezed(text): return re.sub(r"[\s\u00ad\u2010-]", "", text.replace("−", "-").replace("’", "'"))
+
+
+def table_rows(folder):
+    "The rows of each table that the executed notebook shows, as the words of their cells."
+    cells = nbformat.read(folder/"report.ipynb", 4).cells
+    shown = [o.data.get("text/markdown", "") for c in cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    for text in shown:
+        lines = re.findall(r"^\|(.*)\|$", re.sub(r"\[(.*?)\]\([^)]*\)", r"\1", text), re.M)
+        if lines: yield [[re.sub(r"[*`]", "", cell) for cell in line.split(" | ")] for line in lines]
+
+
+def check_pdf(folder):
+    "The PDF's text without spaces, after: every table's last row is on a page, no text lies on another, or beyond the paper."
+    from pypdf import PdfReader
+    text = ""
+    for page in PdfReader(folder/"report.pdf").pages:
+        at = defaultdict(list)   # where a piece of text begins → those that begin there
+        def visit(piece, cm, tm, font, size):
+            if not piece.strip(): return
+            x, y = (tm[4] * cm[i] + tm[5] * cm[i + 2] + cm[i + 4] for i in (0, 1))
+            at[round(x), round(y)].append(piece)
+        text += page.extract_text(visitor_text=visit)
+        assert not [pieces for pieces in at.values() if len(pieces) > 1]
+        assert all(20 < x < page.mediabox.width - 20 and 20 < y < page.mediabox.height - 20 for x, y in at)
+    for rows in table_rows(folder):
+        for cell in rows[-1]: assert squeezed(cell) in squeezed(text), rows[-1]
+    return squeezed(text)
+
+
 @pytest.fixture(scope="module")
 def reported(study, undisturbed):
     "The report of a study of eight runs: four configurations, two seeds, one of them full fine-tuning of the top layer."
-    from peft_study.report import report
     files, missing = report("eight", study.folder/"quiet")
-    assert "Quarto is not installed" in missing
+    assert [f.name for f in files] == ["report.html", "report.pdf"] and bool(missing) == (quarto_program() is None)
     return files[0].parent
 
 
 def test_page(reported, undisturbed):
-    page = check_page(reported)
-    for words in ("Abstract", "1 Introduction", "Table 3", "Figure 1", "Limitations", "References", "Houlsby", "synthetic", "there are no intervals", "Not run: the study ablation_init"):
+    page, printed = check_page(reported), check_pdf(reported)
+    for words in ("Abstract", "1 Introduction", "Table 3", "Figure 1", "Limitations", "References", "Houlsby", "synthetic", "there are no intervals", "ablation_init"):
         assert words in page.text, words
-    assert all(run in page.text for run in undisturbed)
+    assert all(run in page.text and squeezed(run) in printed for run in undisturbed)
     notebook = nbformat.read(reported/"report.ipynb", 4)
     assert not [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.output_type in ("error", "stream")]
 
@@ -84,17 +113,15 @@ def test_numbers_lead_to_runs(reported, study, command):
     (dict(seed=0), "With 1 seed there are no intervals"),
 ], ids=["one run", "a missing method", "one seed"])
 def test_what_is_missing_is_said(study, undisturbed, tmp_path, keep, words):
-    from peft_study.report import report
     source = study.folder/"quiet/eight/runs"
     for folder in source.iterdir():
         config = read_config(folder)
         if all(dict(method=config.method.name, size=config.method.size, seed=config.seed)[k] == v for k, v in keep.items()): shutil.copytree(folder, tmp_path/"eight/runs"/folder.name)
     report("eight", tmp_path)
-    assert words in check_page(tmp_path/"eight/report").text
+    assert words in check_page(tmp_path/"eight/report").text and check_pdf(tmp_path/"eight/report")
 
 
 def test_failed_run(study, undisturbed, tmp_path):
-    from peft_study.report import report
     shutil.copytree(study.folder/"quiet/eight/runs", tmp_path/"eight/runs")
     failed = next((tmp_path/"eight/runs").glob("cola-adapter-*-s1-*"))
     (failed/"result.json").unlink(); (failed/"error.txt").write_text("OutOfMemoryError: out of memory at step 2\n")
@@ -103,25 +130,38 @@ def test_failed_run(study, undisturbed, tmp_path):
     assert "1 run of the study has no result (1 failed)" in page.text and "out of memory at step 2" in page.text
 
 
+def make_run(outputs, score, **settings):
+    "The folder of a run that was never made."
+    config = RunConfig(study="many", **settings)
+    folder = start_run(config, outputs)
+    dev = dict.fromkeys(("matthews", "accuracy", "f1", "pearson", "spearman"), score)
+    parameters = dict(trainable=1000 * int(config.method.size[1:]), total=10**6, share=int(config.method.size[1:]) / 1000)
+    cost = dict(train_seconds=9, examples_per_second=9, peak_memory_bytes=1e9, adapter_bytes=1e6)
+    result = dict(run_id=config.run_id, size=config.method.size, score=score, config=config.flat(), dev=dict(last=dev, best=dev),
+                  parameters=parameters, cost=cost, provenance=dict(finished="2026", code="a"))
+    (folder/"result.json").write_text(json.dumps(result))
+    (folder/"notebook.ipynb").touch()
+    (folder/"metrics.jsonl").write_text("".join(json.dumps(dict(step=e, epoch=e, loss=1 / e)) + "\n" for e in range(1, 5)))
+    return config.run_id
+
+
+def sizes(method): return dict(full=("top_k", range(1, 13)), lora=("rank", [2**k for k in range(10)]),
+                               adapter=("bottleneck_size", [2**k for k in range(10)]))[method]
+
+
 def test_a_thousand_runs(tmp_path):
     "Table and figures of 1,000 run folders in under 20 seconds."
-    from peft_study.config import RunConfig
     from peft_study.plots import cost_vs_score, difference_map, plt, relative_to_full, score_vs_parameters
     from peft_study.report import Trace, main_table, size_table
     from peft_study.results import compare, load_runs
-    from peft_study.runs import start_run
     made = 0
     for task in ("cola", "sst2", "mrpc", "stsb", "rte"):
-        for method, sizes in (("lora", "rank"), ("adapter", "bottleneck_size"), ("full", "top_k")):
-            for size in (1, 2, 4, 6, 8, 10, 12) if method == "full" else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
-                for seed in range(8):
+        for method in ("lora", "adapter", "full"):
+            name, values = sizes(method)
+            for size in values:
+                for seed in range(7):
                     if made == 1000: break
-                    config = RunConfig(task_name=task, method=method, seed=seed, study="many", **{sizes: size})
-                    folder = start_run(config, tmp_path)
-                    dev = {m: .5 + made / 3000 for m in ("matthews", "accuracy", "f1", "pearson", "spearman")}
-                    (folder/"result.json").write_text(json.dumps(dict(run_id=config.run_id, size=config.method.size, score=.5 + made / 3000, config=config.flat(), dev=dict(last=dev, best=dev),
-                        parameters=dict(trainable=1000 * size, total=10**6, share=size / 1000), cost=dict(train_seconds=9, examples_per_second=9, peak_memory_bytes=1e9, adapter_bytes=1e6),
-                        provenance=dict(finished="2026", code="a"))))
+                    make_run(tmp_path, .5 + made / 3000, task_name=task, method=method, seed=seed, **{name: size})
                     made += 1
     assert made == 1000
     start = time.time()
@@ -130,6 +170,32 @@ def test_a_thousand_runs(tmp_path):
     assert len(compare(table)) == 8 and main_table(table, trace) and size_table(table, trace)
     print(f"{time.time() - start:.1f} s")
     assert time.time() - start < 20
+
+
+def seconds_of_children(): return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+
+def test_every_row_of_a_long_table(tmp_path):
+    "The 160 runs of the scaling study, each in the page and in the PDF, whoever renders them; tables are quick."
+    made = []
+    for method in ("full", "adapter", "lora"):
+        name, values = sizes(method)
+        made += [make_run(tmp_path, .6 + .01 * k + .001 * seed, task_name="mnli", method=method, seed=seed, **{name: size})
+                 for k, size in enumerate(values) for seed in range(5)]
+    assert len(made) == 160
+    before = seconds_of_children()
+    notebook = execute_report("many", tmp_path)
+    assert seconds_of_children() - before < 20
+    plain(notebook)
+    check_every_row(notebook.parent, made)
+    if quarto_program():
+        report("many", tmp_path)
+        check_every_row(notebook.parent, made)
+
+
+def check_every_row(folder, runs):
+    page, text = check_page(folder), check_pdf(folder)
+    for run in runs: assert run in page.text and squeezed(run) in text, run
 
 
 def test_source_follows_quarto():
