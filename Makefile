@@ -9,6 +9,8 @@ setup: .venv/installed
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'peft_study needs Python 3.11 or later, this is ' + sys.version.split()[0])"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@command -v quarto >/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --retries 0 --timeout 10 quarto-cli >/dev/null 2>&1 \
+		|| echo "Quarto could not be downloaded: reports are rendered with pandoc and typst"
 	touch $@
 
 demo: setup
@@ -24,5 +26,6 @@ report: setup
 	$(BIN)/peft-study report $(STUDY)
 
 docs: setup
-	@command -v quarto >/dev/null || { echo "make docs needs Quarto: https://quarto.org/docs/get-started" >&2; exit 2; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-docs
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	command -v quarto >/dev/null || { echo "make docs needs Quarto: https://quarto.org/docs/get-started" >&2; exit 2; }; \
+	nbdev-docs

@@ -435,11 +435,12 @@ def methods(names:Annotated[Optional[list[str]], typer.Argument(help="only these
 @app.command()
 def doctor():
     "What is installed and found here, and what that allows."
-    import platform, shutil
+    import platform
     from importlib.metadata import PackageNotFoundError, version
     import torch
     from peft_study.config import _bf16_hardware
     from peft_study.data import glue_folder, minilm_folder
+    from peft_study.report import quarto_program
     from peft_study.runs import device_name
     def installed(package):
         try: return version(package)
@@ -451,5 +452,5 @@ def doctor():
     rows = dict(python=platform.python_version(), **{p: installed(p) for p in ("torch", "transformers", "datasets", "accelerate", "papermill", "peft")},
                 device=", ".join(gpus) or f"{device_name('cpu')}, {torch.get_num_threads()} threads", bf16="in hardware" if _bf16_hardware() else "not in hardware: precision auto is fp32",
                 minilm=minilm(), GLUE=glue_folder() or "no folder found: set GLUE_DATA, or use --data hub or demo",
-                quarto=shutil.which("quarto") or "not installed (only for rendering reports): https://quarto.org/docs/get-started")
+                quarto=quarto_program() or "not installed (reports are rendered with pandoc and typst): https://quarto.org/docs/get-started")
     for name, value in rows.items(): print(f"{name:13} {value}")
