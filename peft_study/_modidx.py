@@ -251,6 +251,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'peft_study/methods/core.py'),
                                          'peft_study.methods.core.Method.unmerge': ( 'methods/core.html#method.unmerge',
                                                                                      'peft_study/methods/core.py'),
+                                         'peft_study.methods.core.Method.variant': ( 'methods/core.html#method.variant',
+                                                                                     'peft_study/methods/core.py'),
                                          'peft_study.methods.core.Reference': ('methods/core.html#reference', 'peft_study/methods/core.py'),
                                          'peft_study.methods.core.Reference.inject': ( 'methods/core.html#reference.inject',
                                                                                        'peft_study/methods/core.py'),

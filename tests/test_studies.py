@@ -2,7 +2,7 @@
 import json, os, zipfile
 import pytest
 from conftest import REPO
-from peft_study.config import read_study
+from peft_study.config import read_study, unequal_budgets
 from peft_study.glue import SUBMISSION_ROWS, TASKS, splits
 
 GOOD = "[mine]\ntask_name = rte\ndata = demo\n[mine.lora]\nrank = 4\n"
@@ -18,6 +18,10 @@ GOOD = "[mine]\ntask_name = rte\ndata = demo\n[mine.lora]\nrank = 4\n"
     ("[mine]\ntask_name = rte\n", ["study", "mine"], "study 'mine' has no section [mine.METHOD]"),
     ("mine\n", ["study", "mine"], "settings.ini"),
     (GOOD, ["study", "mine", "--shard", "5/3"], "shard must be i/n with i from 1 to n, got '5/3'"),
+    (GOOD, ["study", "mine", "--final-seeds", "0 1"], "settings.ini [mine]: final_seeds must be other seeds than those that tune: 0 is in seed"),
+    (GOOD + "final_seeds = 1\n", ["study", "mine"], "settings.ini [mine.lora]: unknown setting 'final_seeds'"),
+    (GOOD, ["study", "mine", "--tune-share", "0.5"], "settings.ini [mine.lora]: tune_share must be less than 0.5, got '0.5'"),
+    (GOOD, ["study", "mine", "--tune-share", "0.1", "--max-train-examples", "4"], "tune_share 0.1 of 4 training examples is too small"),
     (GOOD, ["study", "mine", "--shard", "two"], "shard must be i/n with i from 1 to n, got 'two'"),
     (GOOD, ["study", "mine", "--methods", "adapter"], "adapter"),
     (GOOD, ["study", "mine", "--tasks", "rte,mrcp"], "settings.ini [mine.lora]: unknown task_name 'mrcp'"),
@@ -41,18 +45,22 @@ def test_unreachable_ray(command, tmp_path):
 
 def test_dry_runs(command, tmp_path):
     "Every declared study lists its runs without a network; the scaling study has those of the reference study."
-    sizes = dict(demo=6, small=6 * 9 * 3, ablation_init=3 * 4 * 5, official=8 * 5, encoders=33, glue=9 * (24 + 8 + 8), scaling=160)
-    for name, n in sizes.items(): assert len(read_study(name, REPO/"settings.ini").configs) == n, name
+    sizes = dict(small=6 * 12 * 3, methods=6 * 10 * 3, ablation_init=3 * 4 * 3, official=2 * 8 * 3, encoders=33 * 3, glue=9 * (24 + 8 + 8), scaling=160)
+    studies = {name: read_study(name, REPO/"settings.ini") for name in sizes}
+    for name, n in sizes.items(): assert len(studies[name].configs) == n, name
+    for name in sizes.keys() - {"glue"}: assert all(c.tune_share for c in studies[name].configs) and not unequal_budgets(studies[name]), name
+    assert unequal_budgets(studies["glue"]) and not any(c.tune_share for c in studies["glue"].configs)
     offline = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     code, out, err = command("study", "encoders", "--dry-run", cwd=REPO, outputs=tmp_path, env=offline)
-    assert code == 0 and "33 runs" in out and "roberta-base" in out and "887,042" in out, err
+    assert code == 0 and f"{33 * 3 + 33 * 3} runs" in out and "roberta-base" in out and "887,042" in out, err
+    assert "3 seeds of the configuration that will be chosen" in out
     code, out, err = command("study", "scaling", "--task", "sst2", "--dry-run", cwd=REPO, outputs=tmp_path, env=offline)
     assert code == 0 and out.count("sst2-lora-r512-s") == 5 and "mnli" not in out, err
 
 
 def test_one_cell_of_encoders(command, tmp_path):
     code, out, err = command("study", "encoders", "--methods", "lora", "--checkpoint", "minilm", "--data", "demo", "--max-train-examples", "64", "--max-eval-examples", "32", "--epochs", "1",
-                             cwd=REPO, outputs=tmp_path)
+                             "--lr", "1e-3", "--final-seeds", "none", cwd=REPO, outputs=tmp_path)
     assert code == 0 and "1/1" in err and "222,338" in out, err
 
 

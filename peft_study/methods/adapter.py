@@ -64,6 +64,7 @@ class Adapter(Method):
     init: Literal["near", "framework"] = Field("near", description="near-identity, or torch's default for the ablation")
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field("houlsby", description="after both sublayers, after the feed-forward one, or beside it")
 
+    variants = ("placement", "nonlinearity", "init")
     trained = "adapters after both sublayers and all LayerNorms; pfeiffer, parallel: one adapter a layer"
     formula = "2L (2Hm + m + H) + 4LH + 2E; pfeiffer, parallel: L (2Hm + m + H)"
     source = "Houlsby et al. 2019; Pfeiffer et al. 2021; He et al. 2022"

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
-from ..encoders import Sites, Sizes, get_family, get_sizes, head_parameters, pooler_parameters
+from ..encoders import ROLES, Sites, Sizes, get_family, get_sizes, head_parameters, pooler_parameters
 from ..glue import BadInput
 
 # %% ../../nbs/methods/00_core.ipynb #cd88e940
@@ -43,6 +43,7 @@ class Method(BaseModel):
     trains_pooler: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     no_decay: ClassVar[tuple] = ()      # parts of names of added matrices that weight decay leaves alone
+    variants: ClassVar[tuple] = ()      # options that change what the method is, not how large it is or how it is tuned
 
     def __init__(self, **given):
         try: super().__init__(**given)
@@ -60,9 +61,20 @@ class Method(BaseModel):
 
 # %% ../../nbs/methods/00_core.ipynb #4dbdcf76
 @patch(as_prop=True)
+def variant(self:Method) -> str:
+    "The options of `variants` that differ from their default, in words: `dora`, `pfeiffer`, `all targets`, `reparam=64`."
+    def words(name, value):
+        if value is True: return name
+        if isinstance(value, str): return value
+        if isinstance(value, tuple): return "all targets" if set(value) == set(ROLES) else ",".join(value)
+        return f"{name}={value}"
+    given = {name: getattr(self, name) for name in self.variants}
+    return " ".join(words(name, value) for name, value in given.items() if value != type(self).model_fields[name].default)
+
+@patch(as_prop=True)
 def label(self:Method) -> str:
     "As tables and figures name it: the method with its variant."
-    return f"{self.name} {getattr(self, 'variant', '')}".strip()
+    return f"{self.name} {self.variant}".strip()
 
 # %% ../../nbs/methods/00_core.ipynb #74249396
 @patch

@@ -94,6 +94,7 @@ class LoRA(Method):
     lora_plus: float = Field(1., gt=0, description="learning rate of B over that of A (Hayou et al. 2024)")
 
     start = "exact"
+    variants = ("targets", "rslora", "dora")
     trained = "a low-rank update of query and value, or other targets"
     formula = "L r (d_in + d_out) a target; query and value: 4LHr; dora: L d_out more a target"
     source = "Hu et al. 2021"

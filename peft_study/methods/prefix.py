@@ -76,6 +76,7 @@ class Prefix(Method):
     reparam: int|None = Field(None, ge=1, description="width of a network that makes the prefix while training (default: none)")
 
     start = "other"
+    variants = ("reparam",)
     trained = "keys and values before those of the input, in every layer"
     formula = "2LnH; reparam=p while training: nH + p (H + 1) + 2LH (p + 1)"
     source = "Li and Liang 2021"

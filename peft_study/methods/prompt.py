@@ -40,6 +40,7 @@ class Prompt(Method):
     read: Literal["cls", "first"] = Field("cls", description="classify from [CLS], or from the first position as 🤗 peft does")
 
     start = "other"
+    variants = ("read",)
     trained = "virtual tokens before the input"
     formula = "nE"
     source = "Lester et al. 2021"
