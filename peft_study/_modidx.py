@@ -128,6 +128,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'peft_study.demo.make_demo': ('demo.html#make_demo', 'peft_study/demo.py'),
                                  'peft_study.demo.paraphrase': ('demo.html#paraphrase', 'peft_study/demo.py'),
                                  'peft_study.demo.sentiment': ('demo.html#sentiment', 'peft_study/demo.py')},
+            'peft_study.docs': {'peft_study.docs.for_the_site': ('docs.html#for_the_site', 'peft_study/docs.py')},
             'peft_study.encoders': { 'peft_study.encoders.Family': ('encoders.html#family', 'peft_study/encoders.py'),
                                      'peft_study.encoders.Sites': ('encoders.html#sites', 'peft_study/encoders.py'),
                                      'peft_study.encoders.Sites.__init__': ('encoders.html#sites.__init__', 'peft_study/encoders.py'),
