@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from .config import RunConfig
 from .data import load_tokenizer, train_batches, train_rows
+from .files import read_json
 from .glue import BadInput, get_task, score
 from .model import build_model, checkpoint_path, load_encoder_config
 from .predict import decide
@@ -197,7 +198,7 @@ SIDES = dict(ours="auto", ours_fp32="fp32", peer="fp32", trainer="fp32")   # sid
 def one(side:str, settings:dict, without:str=None # a lever
        ) -> dict:
     "Measure one side in a process of its own."
-    child = subprocess.run([sys.executable, "-m", "peft_study.bench", json.dumps(dict(side=side, settings=settings, without=without))], capture_output=True, text=True)
+    child = subprocess.run([sys.executable, "-P", "-m", "peft_study.bench", json.dumps(dict(side=side, settings=settings, without=without))], capture_output=True, text=True)
     if child.returncode: raise RuntimeError(f"{side} failed: {child.stderr[-2000:]}")
     return json.loads(child.stdout.splitlines()[-1])
 
@@ -261,8 +262,9 @@ def read_bench(folder, common:dict) -> list[dict]:
     "The rows in `folder`; `BadInput` if they are of other settings."
     file = Path(folder)/"bench.json"
     if not file.is_file(): return []
-    try: found = json.loads(file.read_text()); settings, rows = found["settings"], found["rows"]
-    except (ValueError, KeyError): raise BadInput(f"output {str(folder)!r}: its bench.json cannot be read; name another folder") from None
+    found = read_json(file)
+    settings, rows = found.get("settings"), found.get("rows")
+    if not isinstance(settings, dict) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows): raise BadInput(f"output {str(folder)!r}: its bench.json cannot be read; name another folder") from None
     if odd := [k for k in common if settings.get(k) != common[k]]: raise BadInput(f"output {str(folder)!r}: its rows have {odd[0]} {settings.get(odd[0])!r}, not {common[odd[0]]!r}; name another folder")
     return rows
 

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
+from .files import read_json, shortened
 from .glue import BadInput, get_task
 
 # %% ../nbs/12_cli.ipynb #27c75685
@@ -39,7 +40,7 @@ def main():
         bad = isinstance(e, BadInput) or hasattr(e, "format_message")   # the latter: what typer says of flags
         if not bad and not isinstance(e, Failed): raise
         code, message = (2 if bad else 1), e.format_message() if hasattr(e, "format_message") else str(e)
-    print("peft-study:", " ".join(message.split()), file=sys.stderr)
+    print("peft-study:", shortened(message), file=sys.stderr)
     sys.exit(code)
 
 # %% ../nbs/12_cli.ipynb #8250a9f1
@@ -114,7 +115,7 @@ def report_run(folder, console):
     console.print(f"{c['task_name']}{' (synthetic)' if c['data'] == 'demo' else ''} dev, {c['keep']} epoch:  [bold]{scores}[/]   "
                   f"best epoch {r['dev']['best']['epoch']}: {r['dev']['best']['score']:.4f}", highlight=False)
     console.print(f"{n['trainable']:,} of {n['total']:,} parameters trained ({n['share']:.2%})   {r['cost']['train_seconds']:.0f} s, {r['cost']['examples_per_second']:.0f} examples/s", highlight=False)
-    console.print(f"{folder}/notebook.ipynb", soft_wrap=True, highlight=False)
+    console.print(f"{folder}/notebook.ipynb", soft_wrap=True, highlight=False, markup=False)
 
 # %% ../nbs/12_cli.ipynb #28e258a8
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
@@ -241,6 +242,7 @@ def _second_stage(study, outputs): # → (the repetitions that can be named, [(c
 
 def list_study(study, outputs, console):
     "What the study would run: status, parameters, and the time it takes, as far as finished runs tell."
+    from rich.markup import escape
     from rich.table import Table
     from peft_study.runs import run_folder, status
     from peft_study.sweep import estimate, finished
@@ -256,7 +258,7 @@ def list_study(study, outputs, console):
         if state != "done" and seconds is None: unknown += n
         elif state != "done": left += n * seconds
         minutes = "" if seconds is None else f"{n * seconds / 60:.1f}"
-        table.add_row(name, *[config.checkpoint] * several, state, trainable_parameters(config), minutes)
+        table.add_row(name, *[escape(config.checkpoint)] * several, state, trainable_parameters(config), minutes)
     named, later = _second_stage(study, outputs)
     for c in [*study.grid, *named]: add(c.run_id, c, status(run_folder(c, outputs)))
     for cell, n in later:
@@ -311,10 +313,9 @@ def predict(study:Annotated[str, typer.Argument(help="a study with finished runs
             method:Annotated[Optional[str], typer.Option(help="only its runs (default: the best of all methods)")]=None,
             fill:Annotated[bool, typer.Option("--fill", help="answer with the most frequent label where no run can")]=False):
     "The GLUE submission of a study's best runs on dev, as the zip that the server takes."
-    import json
     from peft_study.submission import submit
     file = submit(study, outputs, method, fill)
-    for name, source in json.loads((file.parent/"manifest.json").read_text())["files"].items():
+    for name, source in read_json(file.parent/"manifest.json")["files"].items():
         print(f"{name:12} {source['rows']:7,}  " + (f"{source['run_id']}  dev {source['dev_score']:.4f}, best of {source['tried']} configurations" if "run_id" in source
                                                     else f"always {source['filled']}: no run or no test file"))
     print(file)
@@ -359,11 +360,11 @@ def trace(table:Annotated[str, typer.Argument(help="tbl-main, for instance")], c
 def list_(study:Annotated[Optional[str], typer.Argument(help="only this study")]=None, outputs:Outputs=Path("outputs")):
     "The runs there are, and how far they are."
     from peft_study.results import studies
-    from peft_study.runs import read_result, status
+    from peft_study.runs import read_result, run_folders, status
     known = studies(outputs)
     if study and study not in known: raise BadInput(f"no study {study!r} in {str(outputs)!r}: there are {', '.join(known) or 'none'}")
     for name in [study] if study else known:
-        for folder in sorted((outputs/name/"runs").iterdir()):
+        for folder in run_folders(name, outputs):
             result = read_result(folder)
             print(f"{name:10} {status(folder):10} {format(result['score'], '.4f') if result else '':8} {folder.name}")
     if not known: print(f"no runs in {outputs}")

@@ -12,6 +12,7 @@ import hashlib, random
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from .files import read_text
 from .glue import STSB_RANGE, TRAIN_ROWS, BadInput, Task, get_task, splits
 from .demo import make_demo
 
@@ -44,8 +45,7 @@ def read_tsv(task:Task, split:str, # a key of `splits(task)`
             ) -> list[Example]:
     "A split of the official download; a malformed row or unknown label is `BadInput` naming file and line."
     info = splits(task)[split]
-    try: lines = (Path(folder)/info.file).read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as e: raise BadInput(f"{info.file}: not UTF-8 ({e.reason} at byte {e.start})") from None
+    lines = read_text(Path(folder)/info.file).removesuffix("\n").split("\n")
     rows = [line.rstrip("\r").split("\t") for line in lines]
     header = _headers.get((task.folder, split))
     first = 1 if header else 2     # the line number of the first example

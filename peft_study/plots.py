@@ -115,7 +115,7 @@ def score_vs_parameters(table,        # rows of `results.load_runs`
         drawn.append((ax, _draw_scaling(ax, here, band, known)))
         ax.set_title(shown_name(task, here) + (" (dashed: published, BERT-base)" if known is not None else ""), fontsize=10)
         ax.set(xlabel="trainable parameters", ylabel="dev " + " and ".join(TASKS[task].metrics))
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(title, fontsize=10, parse_math=False)   # a path may have dollars in it
     fig.canvas.draw()
     for ax, ends in drawn: label_lines(ax, ends)
     return fig

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'STYLE', 'INSTALL', 'Trace', 'anchor', 'markdown_table', 'command_of', 'metric_names', 'methods_in',
-           'main_table', 'size_table', 'cost_table', 'pair_table', 'save_trace', 'trace_cell', 'root',
-           'without_empty_captions', 'execute_report', 'quarto_program', 'quarto', 'options', 'as_markdown', 'walk',
-           'numbered', 'plain', 'report']
+           'main_table', 'size_table', 'cost_table', 'pair_table', 'save_trace', 'trace_cell', 'without_empty_captions',
+           'execute_report', 'quarto_program', 'quarto', 'options', 'as_markdown', 'walk', 'numbered', 'plain',
+           'report']
 
 # %% ../nbs/11b_report.ipynb #26f663cf
 import html, json, os, re, shlex, shutil, subprocess, sys
@@ -17,11 +17,12 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import yaml
 from .config import RunConfig
+from .files import read_json, read_text, root
 from .glue import BadInput, TASKS
+from .kernels import execute_notebook
 from .plots import number, shown_name
 from .results import best_sizes, done, load_runs, means, runs_of, studies
 from .runs import read_config, write_atomic, write_json
-from .sweep import template
 
 # %% ../nbs/11b_report.ipynb #92fd9fda
 class Trace:
@@ -142,14 +143,12 @@ def trace_cell(table:str, cell:str, study:str|None=None, outputs="outputs") -> t
     reports = {p.parent.parent.name: p for p in sorted(Path(outputs).glob("*/report/trace.json"), key=lambda p: p.stat().st_mtime)}
     if not reports or (study and study not in reports): raise BadInput(f"no report of {study or 'any study'} in {str(outputs)!r}: make one with peft-study report STUDY")
     study = study or list(reports)[-1]
-    tables = json.loads(reports[study].read_text())
+    tables = read_json(reports[study])
     if table not in tables: raise BadInput(f"no table {table!r} in the report of {study}: there are {', '.join(tables)}")
     if cell not in tables[table]: raise BadInput(f"no cell {cell!r} in {table}: there are {', '.join(tables[table])}")
     return study, tables[table][cell]
 
 # %% ../nbs/11b_report.ipynb #71e49c9b
-def root() -> Path: return template().parents[2]
-
 def without_empty_captions(nb):
     "The notebook, in which labelled cells that show a sentence, and no table or picture, have lost label and caption."
     for cell in nb.cells:
@@ -162,16 +161,13 @@ def without_empty_captions(nb):
 
 def execute_report(study:str, outputs="outputs") -> Path: # the executed notebook
     "Execute `reports/report.ipynb` for a study."
-    import logging, nbformat
-    from papermill import execute_notebook
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    import nbformat
     if study not in studies(outputs): raise BadInput(f"no study {study!r} in {str(outputs)!r}: there are {', '.join(studies(outputs)) or 'none'}")
     if not len(done(load_runs(study, outputs))): raise BadInput(f"study {study!r} has no finished run to report")
     folder = Path(outputs).resolve()/study/"report"
     folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(study=study, outputs=str(os.path.relpath(Path(outputs).resolve(), folder)))
-    executed = execute_notebook(root()/"reports"/"report.ipynb", folder/"report.ipynb", parameters, kernel_name="python3",
-                                progress_bar=False, cwd=str(folder), extra_arguments=["--IPKernelApp.log_level=40"])
+    executed = execute_notebook(root()/"reports"/"report.ipynb", folder/"report.ipynb", parameters, cwd=folder)
     nbformat.write(without_empty_captions(executed), folder/"report.ipynb")
     return folder/"report.ipynb"
 
@@ -179,7 +175,7 @@ def execute_report(study:str, outputs="outputs") -> Path: # the executed noteboo
 def _project_for(notebook):
     "The folder to call Quarto in: the project, or, outside of it, the report's own with a copy of the settings."
     if notebook.is_relative_to(root()/"outputs"): return root()
-    settings = (root()/"_quarto.yml").read_text().replace("outputs/*/report/report.ipynb", "report.ipynb").replace("reports/references.bib", "references.bib")
+    settings = read_text(root()/"_quarto.yml").replace("outputs/*/report/report.ipynb", "report.ipynb").replace("reports/references.bib", "references.bib")
     write_atomic(notebook.parent/"_quarto.yml", settings)
     shutil.copy(root()/"reports"/"references.bib", notebook.parent)
     return notebook.parent
@@ -276,7 +272,7 @@ caption, figcaption { text-align: left; margin: .4em 0; }
 ''')
 
 def _settings(to:str, folder) -> dict: # pandoc's "defaults file"
-    pdf = yaml.safe_load((root()/"_quarto.yml").read_text())["format"]["typst"]
+    pdf = yaml.safe_load(read_text(root()/"_quarto.yml"))["format"]["typst"]
     tables = pdf["include-in-header"][0]["text"].replace('"quarto-float-tbl"', "table")   # as pandoc calls them
     variables = dict(
         html={"maxwidth": "60em", "linkcolor": pdf["linkcolor"], "header-includes": STYLE["html"]},

@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 from .config import RunConfig
 from .data import read_split
-from .files import read_json
+from .files import read_text
 from .glue import BadInput, TASKS, get_task
 from .methods.core import find_method
-from .runs import read_config, read_result, status, write_atomic
+from .runs import read_config, read_record, read_result, run_folders, status, write_atomic
 from .statistics import holm, mcnemar, paired_bootstrap, paired_seeds, paired_tasks, summary
 
 # %% ../nbs/10_results.ipynb #3b882cc7
@@ -58,7 +58,7 @@ def _row(folder) -> dict:
         except BadInput as e: return dict(run_id=folder.name, task_name=folder.name.split("-")[0], status="failed", error=str(e))
         config, error = run.flat(), folder/"error.txt"
         row = flatten(dict(run_id=folder.name, size=run.method.size, config=config, status=status(folder)))
-        if error.is_file(): row["error"] = error.read_text().strip().split("\n")[0]
+        if error.is_file(): row["error"] = read_text(error, "replace").strip().split("\n")[0]
     data_id = _data_id(row)
     selection = row.get(f"tune_{config.get('keep', 'last')}_score", row.get("score")) # what chooses
     return row | dict(label=_label(config), data_id=data_id, configuration=_configuration(config, data_id), selection=selection)
@@ -103,15 +103,14 @@ def load_runs(study:str, outputs="outputs"):
     "All runs of a study; `done` leaves out those without a result."
     folder = Path(outputs)/study
     if not (folder/"runs").is_dir(): raise BadInput(f"no study {study!r} in {str(outputs)!r}: there are {', '.join(studies(outputs)) or 'none'}")
-    record = read_json(folder/"study.json") if (folder/"study.json").is_file() else {}
-    return table_of(sorted(f for f in (folder/"runs").iterdir() if f.is_dir()), record.get("final_seeds", ()))
+    return table_of(run_folders(study, outputs), read_record(study, outputs).get("final_seeds", ()))
 
 def done(table): return table[table.status == "done"]
 
 # %% ../nbs/10_results.ipynb #94b75d62
 def studies(outputs="outputs") -> list[str]:
     "The studies that have run folders."
-    return sorted(p.parent.name for p in Path(outputs).glob("*/runs"))
+    return sorted(p.parent.name for p in Path(outputs).glob("*/runs") if p.is_dir())
 
 # %% ../nbs/10_results.ipynb #e0d00eac
 def write_results(study:str, outputs="outputs"):

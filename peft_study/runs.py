@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'write_json', 'append_json', 'read_metrics', 'cut_metrics', 'run_folder', 'run_folders', 'make_folder',
-           'start_run', 'read_config', 'read_result', 'is_done', 'Held', 'hold', 'holder', 'die_with', 'status',
-           'write_error', 'commit', 'device_name', 'code_version', 'provenance']
+           'start_run', 'read_config', 'read_result', 'is_done', 'read_record', 'Held', 'hold', 'holder', 'die_with',
+           'status', 'write_error', 'commit', 'device_name', 'code_version', 'provenance']
 
 # %% ../nbs/06_runs.ipynb #a74fafd0
 import json, os, re, time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 from .config import RunConfig
 from .files import parse_json, read_json, read_text
@@ -129,6 +130,22 @@ def read_result(folder) -> dict|None:
     return result
 
 def is_done(folder) -> bool: return read_result(folder) is not None
+
+# %% ../nbs/06_runs.ipynb #acf71c1e
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True)
+    seeds: list[int] = []
+    final_seeds: list[int] = []
+    auto: Literal["fp32", "bf16"]|None = None
+
+def read_record(study:str, outputs="outputs") -> dict:
+    "A study's `study.json`, empty where there is none."
+    file = Path(outputs)/study/"study.json"
+    if not file.is_file(): return {}
+    record = read_json(file)
+    try: _Record.model_validate(record)
+    except ValidationError as e: raise BadInput(f"{file}: {one_line(e)}") from None
+    return record
 
 # %% ../nbs/06_runs.ipynb #47212fe8
 class Held(BadInput):

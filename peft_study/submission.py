@@ -6,11 +6,12 @@
 __all__ = ['choose', 'answers', 'majority', 'submit', 'score_submission']
 
 # %% ../nbs/10b_submission.ipynb #bebab878
-import json, shutil
+import json, math, re, shutil
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 import pandas as pd
 from .data import has_split, read_split
+from .files import read_text
 from .glue import METRICS, SUBMISSION_ROWS, TASKS, BadInput, get_task, score, splits, to_word
 from .predict import decide, predict_split
 from .results import best_on_dev, load_runs
@@ -31,7 +32,7 @@ def answers(task, split:str, run, folder) -> list[str]:
     expected = n if run.data == "demo" else SUBMISSION_ROWS[splits(task)[split].submission]
     if n != expected: raise BadInput(f"{splits(task)[split].file} has {n} examples, the GLUE server expects {expected}")
     saved = Path(folder)/"predictions"/f"{split}.tsv"
-    lines = saved.read_text().splitlines() if saved.is_file() else []
+    lines = read_text(saved).splitlines() if saved.is_file() else []
     if len(lines) == n + 1: return lines
     rows, logits = predict_split(folder, split)
     return ["index\tprediction", *(f"{i}\t{to_word(task, p)}" for i, p in zip(rows["index"], decide(task, logits)))]
@@ -79,18 +80,23 @@ def _write(folder, files:dict[str, list[str]], manifest:dict) -> Path:
 # %% ../nbs/10b_submission.ipynb #425386f6
 def _column(file, name:str) -> dict[int, str]:
     "index → word of a TSV."
-    rows = [line.split("\t") for line in Path(file).read_text().rstrip("\n").split("\n")]
+    rows = [line.split("\t") for line in read_text(file).strip("\r\n").splitlines()] or [[""]]
     if rows[0] != ["index", name]: raise BadInput(f"{file}: its columns must be index and {name}, got {', '.join(rows[0])}")
     for number, row in enumerate(rows[1:], 2):
-        if len(row) != 2 or not row[0].isdigit(): raise BadInput(f"{file} line {number}: expected an index and a {name}")
-    if len({r[0] for r in rows}) < len(rows): raise BadInput(f"{file}: an index stands there twice")
-    return {int(i): word for i, word in rows[1:]}
+        if len(row) != 2 or not re.fullmatch("[0-9]{1,9}", row[0]): raise BadInput(f"{file} line {number}: expected an index and a {name}")
+    found = {int(i): word for i, word in rows[1:]}
+    if not found: raise BadInput(f"{file}: no examples")
+    if len(found) < len(rows) - 1: raise BadInput(f"{file}: an index stands there twice")
+    return found
 
 # %% ../nbs/10b_submission.ipynb #06eeb4eb
 def _number(task, word, where):
     "The class or value of a word."
-    try: return float(word) if task.regression else task.words.index(word)
-    except ValueError: raise BadInput(f"{where}: {word!r} is no {'number' if task.regression else 'label of ' + task.title + ': ' + ', '.join(task.words)}") from None
+    try:
+        number = float(word) if task.regression else task.words.index(word)
+        if math.isfinite(number): return number
+    except ValueError: pass
+    raise BadInput(f"{where}: {word!r} is no {'number' if task.regression else 'label of ' + task.title + ': ' + ', '.join(task.words)}") from None
 
 # %% ../nbs/10b_submission.ipynb #9bebda9f
 def score_submission(folder, labels):

@@ -15,6 +15,7 @@ from pathlib import Path
 from .checkpoint import drop_checkpoint, load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .data import collate, has_split, hold_back, load_tokenizer, read_split, tokenise, train_batches
+from .files import read_text
 from .glue import BadInput, get_task, score, splits
 from .methods.core import count, save_adapter, trainable
 from .model import build_model, check_run
@@ -343,12 +344,12 @@ def launch(folder:Path, processes:int, show, parts:int=1, minutes:float=10):
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         env = dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS=str(threads))   # accelerate launch starts only one without MPI
     command = [sys.executable, "-m", *launcher, "-m", "peft_study.train", str(folder), str(os.getpid()), str(parts), str(minutes)]
-    with open(folder/"launch.log", "w") as out: child = subprocess.Popen(command, env=os.environ | env, stdout=out, stderr=out)
+    with open(folder/"launch.log", "w") as out: child = subprocess.Popen(command, env=os.environ | env | dict(PYTHONSAFEPATH="1"), stdout=out, stderr=out)
     try:
         while child.poll() is None: time.sleep(.5); show(progress(read_metrics(folder)))
     finally: child.terminate()
     if child.returncode == 0 and is_done(folder): return
-    log = (folder/"launch.log").read_text()
+    log = read_text(folder/"launch.log", "replace")
     if is_out_of_memory(log): raise torch.OutOfMemoryError(f"in one of {processes} processes")
     raise RuntimeError(f"training in {processes} processes failed; the end of {folder}/launch.log:\n" + "".join(log.splitlines(True)[-15:]))
 

@@ -7,7 +7,7 @@ __all__ = ['WEIGHTS', 'FACTS', 'one_line', 'Method', 'method_names', 'find_metho
            'expected_parameters', 'save_adapter', 'load_adapter', 'Reference', 'random_batch', 'check_method']
 
 # %% ../../nbs/methods/00_core.ipynb #26eacb1a
-import json
+import json, os, sys
 from copy import deepcopy
 from fastcore.basics import patch
 from importlib import import_module
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ..encoders import ROLES, Sites, Sizes, get_family, get_sizes, head_parameters, pooler_parameters
+from ..files import read_json
 from ..glue import BadInput
 
 # %% ../../nbs/methods/00_core.ipynb #cd88e940
@@ -45,7 +46,7 @@ class Method(BaseModel):
     no_decay: ClassVar[tuple] = ()      # parts of names of added matrices that weight decay leaves alone
     variants: ClassVar[tuple] = ()      # options that change what the method is, not how large it is or how it is tuned
 
-    def __init__(self, **given):
+    def __init__(self, /, **given):
         try: super().__init__(**given)
         except ValidationError as e: raise BadInput(one_line(e)) from None
 
@@ -153,8 +154,9 @@ def find_method(name:str # a module of `peft_study/methods`, or `package.module:
     "The Method class called `name`; `BadInput` names those there are."
     if ":" in name:
         module, _, cls = name.partition(":")
+        if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # at the end: its files take no library's place
         try: found = getattr(import_module(module), cls)
-        except (ImportError, AttributeError, TypeError, ValueError) as e: raise BadInput(f"method {name!r}: {e}") from None
+        except (Exception, SystemExit) as e: raise BadInput(f"method {name!r}: {type(e).__name__}: {e}") from None
         if not (isinstance(found, type) and issubclass(found, Method)): raise BadInput(f"method {name!r} is no subclass of peft_study.methods.core.Method")
         return found
     if name not in method_names():
@@ -253,7 +255,7 @@ def load_adapter(model,   # that `apply_method` made
     method.ready_to_load(model)
     rename = method.peft_name if method.peft_config(Sites(model.config)) else str
     expected = {rename(n): p for n, p in trainable(model).items()}
-    facts = json.loads(file.read_text()) if (file := Path(folder)/FACTS).is_file() else {}
+    facts = read_json(file) if (file := Path(folder)/FACTS).is_file() else {}
     theirs, ours = f"{folder} (method {facts.get('method', 'unknown')} on {facts.get('checkpoint', 'an unknown checkpoint')})", f"method {method.name} on {model.config.model_type} {model.config._name_or_path}".strip()
     if odd := sorted(expected.keys() ^ state.keys()):
         whose = "the folder lacks" if odd[0] in expected else "the model has no"
