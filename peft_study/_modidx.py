@@ -574,6 +574,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'peft_study.runs.hold': ('runs.html#hold', 'peft_study/runs.py'),
                                  'peft_study.runs.holder': ('runs.html#holder', 'peft_study/runs.py'),
                                  'peft_study.runs.is_done': ('runs.html#is_done', 'peft_study/runs.py'),
+                                 'peft_study.runs.kept_epoch': ('runs.html#kept_epoch', 'peft_study/runs.py'),
                                  'peft_study.runs.make_folder': ('runs.html#make_folder', 'peft_study/runs.py'),
                                  'peft_study.runs.provenance': ('runs.html#provenance', 'peft_study/runs.py'),
                                  'peft_study.runs.read_config': ('runs.html#read_config', 'peft_study/runs.py'),

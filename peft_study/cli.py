@@ -108,13 +108,16 @@ def check(config):
 # %% ../nbs/12_cli.ipynb #119000ef
 def report_run(folder, console):
     "The result of a finished run in a few lines."
-    from peft_study.runs import read_result
+    from peft_study.runs import kept_epoch, read_result
     r = read_result(folder)
-    c, n = r["config"], r["parameters"]
-    scores = "  ".join(f"{k} {v:.4f}" for k, v in r["dev"][c["keep"]].items() if k not in ("epoch", "score"))
-    console.print(f"{c['task_name']}{' (synthetic)' if c['data'] == 'demo' else ''} dev, {c['keep']} epoch:  [bold]{scores}[/]   "
-                  f"best epoch {r['dev']['best']['epoch']}: {r['dev']['best']['score']:.4f}", highlight=False)
-    console.print(f"{n['trainable']:,} of {n['total']:,} parameters trained ({n['share']:.2%})   {r['cost']['train_seconds']:.0f} s, {r['cost']['examples_per_second']:.0f} examples/s", highlight=False)
+    c, n, kept = r["config"], r["parameters"], kept_epoch(r)
+    scores = "  ".join(f"{k} {v:.4f}" for k, v in r["dev"][kept].items() if k not in ("epoch", "score"))
+    task = f"{c['task_name']}{' (synthetic)' if c['data'] == 'demo' else ''}"
+    if "tune" in r: best = f"tuning split {r['tune'][c['keep']]['score']:.4f}"
+    else: best = f"best epoch {r['dev']['best']['epoch']}: {r['dev']['best']['score']:.4f}"
+    console.print(f"{task} dev, {c['keep']} epoch:  [bold]{scores}[/]   {best}", highlight=False)
+    console.print(f"{n['trainable']:,} of {n['total']:,} parameters trained ({n['share']:.2%})   {r['cost']['train_seconds']:.0f} s, "
+                  f"{r['cost']['examples_per_second']:.0f} examples/s", highlight=False)
     console.print(f"{folder}/notebook.ipynb", soft_wrap=True, highlight=False, markup=False)
 
 # %% ../nbs/12_cli.ipynb #28e258a8

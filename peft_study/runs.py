@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'write_json', 'append_json', 'read_metrics', 'cut_metrics', 'run_folder', 'run_folders', 'make_folder',
-           'start_run', 'read_config', 'read_result', 'is_done', 'read_record', 'Held', 'hold', 'holder', 'die_with',
-           'status', 'write_error', 'commit', 'device_name', 'code_version', 'provenance']
+           'start_run', 'read_config', 'read_result', 'is_done', 'kept_epoch', 'read_record', 'Held', 'hold', 'holder',
+           'die_with', 'status', 'write_error', 'commit', 'device_name', 'code_version', 'provenance']
 
 # %% ../nbs/06_runs.ipynb #a74fafd0
 import json, os, re, time
@@ -130,6 +130,11 @@ def read_result(folder) -> dict|None:
     return result
 
 def is_done(folder) -> bool: return read_result(folder) is not None
+
+def kept_epoch(result:dict) -> str:
+    "Which of the dev scores in a result are those of the kept weights: `last`, `best`, or `chosen` by the tuning split."
+    keep = result["config"]["keep"]
+    return "chosen" if keep == "best" and "tune" in result else keep
 
 # %% ../nbs/06_runs.ipynb #acf71c1e
 class _Record(BaseModel):
