@@ -91,18 +91,19 @@ def _extra(args) -> dict:
 
 # %% ../nbs/12_cli.ipynb #c13feb84
 @cache
-def _check_training_data(task_name, data, max_train_examples, tune_share):
+def _check_training_data(task_name, data, **own):
     "Read what a run would read; runs that differ in other things read it once."
     from peft_study.config import RunConfig
     from peft_study.data import check_data
     from peft_study.train import training_examples
-    check_data(get_task(task_name), data)
-    training_examples(RunConfig(task_name=task_name, data=data, method="head", max_train_examples=max_train_examples, tune_share=tune_share))
+    check_data(get_task(task_name), data, own["skip_bad_rows"])
+    training_examples(RunConfig(task_name=task_name, data=data, method="head", **own))
 
 def check(config):
     "All that can be known to be wrong before a run begins."
     from peft_study.model import check_run
-    _check_training_data(config.task_name, config.data, config.max_train_examples, config.tune_share)
+    own = {k: getattr(config, k) for k in ("skip_bad_rows", "max_train_examples", "tune_share")}
+    _check_training_data(config.task_name, config.data, **own)
     check_run(config)
 
 # %% ../nbs/12_cli.ipynb #119000ef

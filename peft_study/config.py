@@ -44,6 +44,7 @@ class RunConfig(BaseModel):
     tune_share: float = Field(0., ge=0, lt=.5, description="share of the training set that is held back and chooses; dev then only reports")
     train_pooler: bool = Field(False, description="also train the encoder's pooler")
     cache_frozen: bool = Field(False, description="frozen lower layers without dropout, their output computed once")
+    skip_bad_rows: int = Field(0, ge=0, description="malformed rows of the training file that may be left out")
     max_train_examples: int|None = Field(None, ge=1, description="train on the first n of a fixed shuffle")
     max_eval_examples: int|None = Field(None, ge=1, description="evaluate on the first n")
     max_steps: int|None = Field(None, ge=1, description="stop after n optimisation steps")
@@ -98,10 +99,14 @@ def flat(self:RunConfig) -> dict:
     return dict(items[:at] + [("method", self.method.name), *self.method.model_dump(mode="json").items()] + items[at:])
 
 # %% ../nbs/04_config.ipynb #4fe5014f
+# Files of a checkpoint's folder that decide nothing: notes, what training leaves behind, and lists of modules of other libraries.
+_no_matter = ("README.md", "modules.json", "trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "model_card.json")
+
 def checkpoint_fingerprint(checkpoint:str) -> str:
-    "A folder by its configuration and weights; anything else is a name already."
+    "A folder by its configuration, weights and tokeniser; anything else is a name already."
     if checkpoint == "minilm" or not Path(checkpoint).is_dir(): return checkpoint
-    files = sorted(f for f in Path(checkpoint).iterdir() if f.suffix in (".safetensors", ".bin") or f.name in ("config.json", "tokenizer.json", "vocab.txt"))
+    deciding = (".safetensors", ".bin", ".json", ".txt", ".model", ".bpe", ".codes", ".vocab", ".py")
+    files = sorted(f for f in Path(checkpoint).iterdir() if f.suffix in deciding and f.name not in _no_matter)
     return hashlib.sha256("".join(f.name + file_hash(f) for f in files).encode()).hexdigest()[:16]
 
 # %% ../nbs/04_config.ipynb #d7db9c3b

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from .checkpoint import drop_checkpoint, load_checkpoint, save_checkpoint
 from .config import RunConfig
-from .data import collate, has_split, hold_back, load_tokenizer, read_split, tokenise, train_batches
+from .data import bad_rows, collate, has_split, hold_back, load_tokenizer, read_split, tokenise, train_batches
 from .files import read_text
 from .glue import BadInput, get_task, score, splits
 from .methods.core import count, save_adapter, trainable
@@ -83,7 +83,7 @@ def make_optimizer(model, config:RunConfig, steps:int):
 def training_examples(config:RunConfig) -> tuple[list, list]: # to train on, to tune on
     "The training set of a run, cut to `max_train_examples`, and the share of it that is held back."
     task = get_task(config.task_name)
-    examples = read_split(task, "train", config.data)
+    examples = read_split(task, "train", config.data, config.skip_bad_rows)
     if config.max_train_examples:   # a fixed shuffle, for official files are sorted in places
         examples = random.Random(0).sample(examples, min(config.max_train_examples, len(examples)))
     return hold_back(task, examples, config.tune_share)
@@ -310,7 +310,9 @@ def record(config:RunConfig, folder:Path, data, logits, state:TrainState, accele
                 tokens_per_second=round(log.real_tokens / log.seconds, 1), padding_share=round(1 - log.real_tokens / log.processed_tokens, 4),
                 peak_memory_bytes=peak_memory(accelerator.device), adapter_bytes=adapter, batch_parts=at["parts"])
     scores = evaluations(at)
-    result = dict(run_id=config.run_id, size=config.method.size, config=config.flat(), score=at[config.keep]["dev"]["scores"]["score"], **scores,
+    read = {s: len(rows) for s, rows in data.items()}
+    if config.skip_bad_rows: read["skipped"] = len(bad_rows(task, "train", config.data))
+    result = dict(run_id=config.run_id, examples=read, size=config.method.size, config=config.flat(), score=at[config.keep]["dev"]["scores"]["score"], **scores,
                   parameters=count(state.raw),
                   steps=at["step"], cost=cost, provenance=provenance(config, accelerator.device.type, accelerator.num_processes) | dict(resumed=at["resumed"]))
     others = [s for s in logits if s not in scores and splits(task)[s].labelled]   # dev_mismatched
