@@ -266,8 +266,10 @@ table { font-size: 90%; width: auto; margin: 1em 0; } td, th { padding: .2em .8e
 caption, figcaption { text-align: left; margin: .4em 0; }
 </style>''',
     typst='''#set figure(numbering: none, supplement: none)
-#set table(inset: (x: 6pt, y: 3pt))
+#set table(inset: (x: 6pt, y: 4pt))
 #show table: set text(size: 9pt)
+#show heading: set block(above: 1.5em, below: .9em)
+#show figure: set block(above: 1.6em, below: 1.6em)
 #show math.equation.where(block: true): it => block(width: 100%, align(center, it))
 ''')
 

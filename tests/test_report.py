@@ -2,6 +2,7 @@
 import json, re, resource, shutil, time
 from collections import defaultdict
 from html.parser import HTMLParser
+from itertools import pairwise
 import nbformat, pytest
 from conftest import REPO
 from peft_study.config import RunConfig
@@ -61,14 +62,15 @@ def check_pdf(folder):
     from pypdf import PdfReader
     text = ""
     for page in PdfReader(folder/"report.pdf").pages:
-        at = defaultdict(list)   # where a piece of text begins → those that begin there
+        lines = defaultdict(list)   # height on the page → what stands there: where it begins, how wide it is at least, its words
         def visit(piece, cm, tm, font, size):
             if not piece.strip(): return
             x, y = (tm[4] * cm[i] + tm[5] * cm[i + 2] + cm[i + 4] for i in (0, 1))
-            at[round(x), round(y)].append(piece)
+            assert 20 < x < page.mediabox.width - 20 and 20 < y < page.mediabox.height - 20, piece
+            lines[round(y)].append((x, .33 * abs(size * tm[0] * cm[0]) * len(piece.strip()), piece))
         text += page.extract_text(visitor_text=visit)
-        assert not [pieces for pieces in at.values() if len(pieces) > 1]
-        assert all(20 < x < page.mediabox.width - 20 and 20 < y < page.mediabox.height - 20 for x, y in at)
+        for pieces in lines.values():
+            for (x, width, piece), (beside, _, other) in pairwise(sorted(pieces)): assert x + width < beside + 1, (piece, other)
     for rows in table_rows(folder):
         for cell in rows[-1]: assert squeezed(cell) in squeezed(text), rows[-1]
     return squeezed(text)
