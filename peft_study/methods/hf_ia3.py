@@ -14,9 +14,9 @@ from .core import Reference
 class HfIA3(Reference):
     "peft.IA3Config on keys, values and the input of ffn_out."
     start = "exact"
-    trained = "a scale of keys, values and the input of ffn_out (🤗 peft)"
+    trained = "a scale of keys, values and the input of ffn_out (Hugging Face PEFT)"
     formula = "L (2H + F)"
-    source = "Liu et al. 2022; 🤗 peft"
+    source = "Liu et al. 2022; Hugging Face PEFT"
     default_lr = 5e-3
     no_decay = ("ia3_",)
 

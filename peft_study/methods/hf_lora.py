@@ -18,9 +18,9 @@ class HfLoRA(Reference):
     rank: int = Field(8, ge=1, description="r, the inner dimension of the update")
 
     start = "exact"
-    trained = "a low-rank update of query and value (🤗 peft)"
+    trained = "a low-rank update of query and value (Hugging Face PEFT)"
     formula = "4LHr"
-    source = "Hu et al. 2021; 🤗 peft"
+    source = "Hu et al. 2021; Hugging Face PEFT"
     default_lr = 1e-3
     no_decay = ("lora_",)
 

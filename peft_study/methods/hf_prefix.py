@@ -18,9 +18,9 @@ class HfPrefix(Reference):
     prefix_length: int = Field(10, ge=1, description="n, the number of virtual tokens in each layer")
 
     start = "other"
-    trained = "keys and values before those of the input (🤗 peft)"
+    trained = "keys and values before those of the input (Hugging Face PEFT)"
     formula = "2LnH"
-    source = "Li and Liang 2021; 🤗 peft"
+    source = "Li and Liang 2021; Hugging Face PEFT"
     default_lr = 1e-2
     no_decay = ("prompt_encoder",)
 

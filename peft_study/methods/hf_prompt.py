@@ -18,9 +18,9 @@ class HfPrompt(Reference):
     prompt_length: int = Field(20, ge=1, description="n, the number of virtual tokens")
 
     start = "other"
-    trained = "virtual tokens before the input (🤗 peft)"
+    trained = "virtual tokens before the input (Hugging Face PEFT)"
     formula = "nH"
-    source = "Lester et al. 2021; 🤗 peft"
+    source = "Lester et al. 2021; Hugging Face PEFT"
     default_lr = 1e-2
     no_decay = ("prompt_encoder",)
 
