@@ -35,6 +35,7 @@ def check_page(folder):
     "What holds of every report; returns the page."
     page, runs = Page((folder/"report.html").read_text()), Page((folder/"runs.html").read_text())
     assert not unresolved(page) and "Traceback" not in page.text and "#| label" not in page.text and "nan" not in page.text.split()
+    assert "🤗" not in page.text and "data:image/png" not in (folder/"report.html").read_text()
     assert len(page.alts) >= 4 and all(page.alts)   # pictures say what they show
     for link in page.links:
         if link.startswith("#"): assert link[1:] in page.ids, link
@@ -210,9 +211,11 @@ def test_source_follows_quarto():
             labels.add(label)
             assert cell.source.startswith("#| label") and f"{label.split('-')[0]}-cap" in options and label.split("-")[0] in ("fig", "tbl"), label
             assert re.fullmatch(r'".*"', options[f"{label.split('-')[0]}-cap"]), label
+            assert label.startswith("tbl") or options.get("fig-alt"), label   # what a picture shows, for who cannot see it
     labels |= set(re.findall(r"\{#((?:sec|eq)-[\w-]+)\}", text))
     assert set(re.findall(r"@((?:fig|tbl|sec|eq)-[\w-]+)", text)) <= labels
     keys = set(re.findall(r"^@\w+\{([\w-]+),", (REPO/"reports/references.bib").read_text(), re.M))
     assert set(re.findall(r"@([a-z]+\d{4}[a-z]+)", text)) <= keys
     assert "/home/" not in text and "/work" not in text and "/tmp" not in text
+    assert "🤗" not in text   # an empty box in most fonts
     assert "breakable" in (REPO/"_quarto.yml").read_text()
