@@ -587,6 +587,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'peft_study.runs.is_done': ('runs.html#is_done', 'peft_study/runs.py'),
                                  'peft_study.runs.kept_epoch': ('runs.html#kept_epoch', 'peft_study/runs.py'),
                                  'peft_study.runs.make_folder': ('runs.html#make_folder', 'peft_study/runs.py'),
+                                 'peft_study.runs.places': ('runs.html#places', 'peft_study/runs.py'),
                                  'peft_study.runs.provenance': ('runs.html#provenance', 'peft_study/runs.py'),
                                  'peft_study.runs.read_config': ('runs.html#read_config', 'peft_study/runs.py'),
                                  'peft_study.runs.read_metrics': ('runs.html#read_metrics', 'peft_study/runs.py'),

@@ -90,7 +90,9 @@ def read_tsv(task:Task, split:str, # a key of `splits(task)`
     file = splits(task)[split].file
     rows = list(_parse_tsv(task, split, folder))
     bad, examples = [r for r in rows if isinstance(r, BadInput)], [r for r in rows if isinstance(r, Example)]
-    if len(bad) > skip: raise BadInput(f"{bad[0]} ({len(bad)} such rows, skip_bad_rows is {skip})" if skip else str(bad[0]))
+    if len(bad) > skip:
+        hint = f" ({len(bad)} such rows; skip_bad_rows = N leaves up to N out)" if split == "train" else ""
+        raise BadInput(f"{bad[0]}{hint}")
     if not examples: raise BadInput(f"{file}: no examples")
     if len({e.index for e in examples}) < len(examples): raise BadInput(f"{file}: an index stands there twice")
     return examples
