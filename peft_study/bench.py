@@ -20,7 +20,7 @@ from .glue import BadInput, get_task, score
 from .model import build_model, checkpoint_path, load_encoder_config
 from .predict import decide
 from .speed import speed_up
-from .train import load_data, local_batch, make_optimizer, peak_memory, train, train_step
+from .train import load_data, local_batch, make_optimizer, own_environment, peak_memory, train, train_step
 
 # %% ../nbs/13_bench.ipynb #a3b6bf33
 def peer_model(config:RunConfig):
@@ -198,7 +198,8 @@ SIDES = dict(ours="auto", ours_fp32="fp32", peer="fp32", trainer="fp32")   # sid
 def one(side:str, settings:dict, without:str=None # a lever
        ) -> dict:
     "Measure one side in a process of its own."
-    child = subprocess.run([sys.executable, "-P", "-m", "peft_study.bench", json.dumps(dict(side=side, settings=settings, without=without))], capture_output=True, text=True)
+    child = subprocess.run([sys.executable, "-P", "-m", "peft_study.bench", json.dumps(dict(side=side, settings=settings, without=without))],
+                           env=own_environment(), capture_output=True, text=True)
     if child.returncode: raise RuntimeError(f"{side} failed: {child.stderr[-2000:]}")
     return json.loads(child.stdout.splitlines()[-1])
 

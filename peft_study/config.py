@@ -38,7 +38,7 @@ class RunConfig(BaseModel):
     warmup_ratio: float = Field(.1, ge=0, lt=1, description="share of steps with rising learning rate")
     max_grad_norm: float = Field(1., gt=0, description="gradients are clipped to this norm")
     max_length: int = Field(128, ge=8, description="tokens; longer inputs are cut")
-    precision: Literal["fp32", "bf16", "auto"] = Field("fp32", description="auto is bf16 where the hardware has it")
+    precision: Literal["fp32", "tf32", "bf16", "auto"] = Field("fp32", description="tf32 is for GPUs; auto is bf16 where the hardware has it")
     seed: int = Field(0, ge=0, lt=2**31, description="of initial values, order and dropout")
     keep: Literal["last", "best"] = Field("last", description="whose weights are saved: the last epoch's or the best's")
     tune_share: float = Field(0., ge=0, lt=.5, description="share of the training set that is held back and chooses; dev then only reports")

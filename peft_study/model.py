@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNT_FROM_PADDING', 'checkpoint_path', 'load_encoder_config', 'task_config', 'check_weights', 'check_tokenizer',
-           'padding_index', 'check_run', 'can_cache', 'init_head', 'check_loaded', 'build_model']
+           'padding_index', 'check_precision', 'check_run', 'can_cache', 'init_head', 'check_loaded', 'build_model']
 
 # %% ../nbs/05_model.ipynb #a9c84b97
 import pickle, re
@@ -75,8 +75,16 @@ COUNT_FROM_PADDING = ("roberta", "mpnet")
 
 def padding_index(encoder) -> int: return 1 if encoder.model_type == "mpnet" else encoder.pad_token_id # which is fixed in MPNet
 
+def check_precision(precision:str):
+    "`BadInput` where this machine would compute in another precision than its name says."
+    if precision != "tf32": return
+    import torch
+    if not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8):
+        raise BadInput("precision 'tf32' needs an NVIDIA GPU, of Ampere or later: use fp32, or bf16")
+
 def check_run(config:RunConfig):
     "`BadInput` if the checkpoint cannot be used, or the method or the length does not fit it."
+    check_precision(config.precision)
     encoder = task_config(config)
     config.method.check(encoder)
     if config.cache_frozen and not can_cache(config.method, encoder):

@@ -33,7 +33,10 @@ def logits_of(model, rows,        # from `tokenise`
             batch = {k: v.to(device) for k, v in collate(columns, pad_id).items()}
             out[torch.tensor(index, device=device)] = model(**batch).logits.float()
     model.train(training)
-    return (accelerator.reduce(out, "sum") if world > 1 else out).cpu().numpy()
+    if world > 1: out = accelerator.reduce(out, "sum")
+    if odd := (~out.isfinite().all(-1)).sum().item():   # argmax would make a class of them
+        raise FloatingPointError(f"the model's outputs are not finite for {odd} of {len(rows)} examples: try a lower lr")
+    return out.cpu().numpy()
 
 # %% ../nbs/07_predict.ipynb #6ef098fb
 def decide(task:Task, logits # (examples, outputs)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['write_atomic', 'write_json', 'append_json', 'read_metrics', 'cut_metrics', 'run_folder', 'run_folders', 'places',
            'make_folder', 'start_run', 'read_config', 'read_result', 'is_done', 'kept_epoch', 'read_record', 'Held',
-           'hold', 'holder', 'die_with', 'status', 'write_error', 'commit', 'device_name', 'code_version', 'provenance']
+           'hold', 'holder', 'die_with', 'status', 'write_error', 'commit', 'cores', 'device_name', 'code_files',
+           'code_version', 'nvidia_smi', 'gpu_versions', 'provenance']
 
 # %% ../nbs/06_runs.ipynb #a74fafd0
-import json, os, re, time
+import errno, json, os, re, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -169,10 +170,17 @@ def read_record(study:str, outputs="outputs") -> dict:
 class Held(BadInput):
     "Another process works in the folder."
 
-def _try_lock(f) -> bool:
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+def _try_lock(f, alone:bool=True) -> bool:
+    "Lock a file for oneself alone, or only as long as nobody has it for himself."
     import fcntl
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try: fcntl.flock(f, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError: return False
+    except OSError as e:
+        if e.errno not in _NO_LOCKS: raise
+        raise BadInput(f"outputs {str(Path(f.name).parent)!r}: this file system has no locks ({e.strerror}), which keep two processes "
+                       "from one run; give --outputs on another, or have it mounted with locks") from None
     return True
 
 # %% ../nbs/06_runs.ipynb #f3c0f491
@@ -196,8 +204,8 @@ def holder(folder) -> str|None:
     "The process that works in `folder`, as `PID on MACHINE`, or None."
     for lock in (Path(folder)/".train.lock", Path(folder)/".notebook.lock"):
         if lock.is_file():
-            with open(lock) as f:
-                if not _try_lock(f): return f.read()
+            with open(lock) as f:   # for reading, as outputs may be another's: then NFS gives no lock for oneself alone
+                if not _try_lock(f, alone=False): return f.read() or "another process"
 
 # %% ../nbs/06_runs.ipynb #9cb15097
 def die_with(pid:int):
@@ -238,6 +246,10 @@ def commit() -> str|None:
     return head.stdout.strip() + ("+" if git("status", "--porcelain", "--", "*.py").stdout.strip() else "")
 
 # %% ../nbs/06_runs.ipynb #3b8ad634
+def cores() -> int:
+    "How many processor cores this process may use, of those that the machine has."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 def device_name(device:str) -> str:
     "The model of the GPU, or of the processor."
     import platform, torch
@@ -247,14 +259,31 @@ def device_name(device:str) -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 # %% ../nbs/06_runs.ipynb #39493425
-def code_version() -> str:
-    "Fingerprint of the code that decides what a run finds: data, encoders, methods, model, loop."
-    import hashlib, peft_study
+def code_files() -> list[Path]:
+    "The modules that decide what a run finds: all that training imports, but for those that only keep it."
+    import peft_study
     package = Path(peft_study.__file__).parent
-    files = [package/f"{m}.py" for m in ("glue", "demo", "data", "encoders", "config", "model", "predict", "train")] + sorted((package/"methods").glob("*.py"))
-    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:8]
+    deciding = ("files", "glue", "demo", "data", "encoders", "config", "model", "speed", "predict", "train")
+    return [package/f"{m}.py" for m in deciding] + sorted((package/"methods").glob("*.py"))
+
+def code_version() -> str:
+    "Fingerprint of the code that decides what a run finds."
+    import hashlib
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in code_files())).hexdigest()[:8]
 
 # %% ../nbs/06_runs.ipynb #d66799a9
+def nvidia_smi(*args) -> str:
+    "What the driver's own program says; nothing where there is none."
+    from subprocess import DEVNULL, PIPE, TimeoutExpired, run
+    try: return run(["nvidia-smi", *args], stdout=PIPE, stderr=DEVNULL, text=True, timeout=60).stdout
+    except (OSError, TimeoutExpired): return ""
+
+def gpu_versions() -> dict:
+    "Of what stands between torch and the GPU: CUDA, cuDNN, driver."
+    import torch
+    driver = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").split()
+    return dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=driver[0] if driver else None)
+
 def provenance(config:RunConfig, device:str="cpu", processes:int=1) -> dict:
     "Versions, commit, code, device, threads, and the fingerprint of the data."
     import platform, torch
@@ -263,5 +292,5 @@ def provenance(config:RunConfig, device:str="cpu", processes:int=1) -> dict:
     from peft_study.data import data_fingerprint
     packages = ("peft_study", "torch", "transformers", "datasets", "accelerate")
     return dict(finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), commit=commit(), code=code_version(), python=platform.python_version(),
-                versions={p: version(p) for p in packages}, device=device_name(device), threads=torch.get_num_threads(), processes=processes,
+                versions={p: version(p) for p in packages} | (gpu_versions() if device == "cuda" else {}), device=device_name(device), threads=torch.get_num_threads(), processes=processes,
                 data_fingerprint=data_fingerprint(get_task(config.task_name), config.data))

@@ -125,6 +125,10 @@ def half_between(model):
 def speed_up(model, precision:str, device):
     "All that applies; in place."
     if precision == "bf16": half_frozen(model)
+    if device.type == "cuda":
+        import torch
+        torch.backends.cuda.enable_cudnn_sdp(False)                           # it makes a plan for each new shape, which takes longer than the step
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"           # whatever the environment says
     if device.type == "cpu":
         cheap_dropout(model); plain_attention(model); few_primitives()
         if precision == "bf16": half_between(model)

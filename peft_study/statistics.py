@@ -10,7 +10,7 @@ __all__ = ['ALONG', 'summary', 'dev_interval', 'mcnemar', 'paired_bootstrap', 'p
 import math
 import numpy as np
 import pandas as pd
-from .glue import BadInput, METRICS, TASKS
+from .glue import BadInput, METRICS, TASKS, varies
 
 # %% ../nbs/09c_statistics.ipynb #26ec581d
 def summary(scores, level:float=.95) -> dict:
@@ -22,9 +22,10 @@ def summary(scores, level:float=.95) -> dict:
 
 # %% ../nbs/09c_statistics.ipynb #166e9507
 def _correlation(p, y):
+    both = varies(p) & varies(y)
     p, y = p - p.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
     norm = np.sqrt((p * p).sum(-1) * (y * y).sum(-1))
-    return np.divide((p * y).sum(-1), norm, out=np.zeros_like(norm), where=norm > 0)
+    return np.divide((p * y).sum(-1), norm, out=np.zeros_like(norm), where=both)
 
 def _f1(p, y): return 2 * (p * y).sum(-1) / np.maximum(1, p.sum(-1) + y.sum(-1))
 
@@ -32,7 +33,11 @@ def _ranks(x):
     from scipy.stats import rankdata
     return rankdata(x, axis=-1)
 
-ALONG = dict(accuracy=lambda p, y: (p == y).mean(-1), f1=_f1, matthews=_correlation, pearson=_correlation, spearman=lambda p, y: _correlation(_ranks(p), _ranks(y)))
+def _spearman(p, y): return np.where(varies(p) & varies(y), _correlation(_ranks(p), _ranks(y)), 0.)
+
+def _accuracy(p, y): return (p == y).mean(-1)
+
+ALONG = dict(accuracy=_accuracy, f1=_f1, matthews=_correlation, pearson=_correlation, spearman=_spearman)
 
 # %% ../nbs/09c_statistics.ipynb #afad7415
 def _resample(metric:str, columns, resamples:int, seed:int, level:float):

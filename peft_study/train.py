@@ -6,11 +6,12 @@
 __all__ = ['seed_dropout', 'example_losses', 'local_batch', 'backward', 'train_step', 'make_optimizer', 'training_examples',
            'load_data', 'progress', 'status_line', 'Log', 'TrainState', 'evaluate_split', 'evaluate_epoch',
            'made_ahead', 'train_epoch', 'fit', 'predict_kept', 'peak_memory', 'begin', 'evaluations', 'record', 'run',
-           'launch', 'is_out_of_memory', 'with_less_memory', 'train']
+           'own_environment', 'without_leftovers', 'check_processes', 'launch', 'is_out_of_memory', 'others_memory',
+           'with_less_memory', 'train']
 
 # %% ../nbs/08_train.ipynb #a5c75d93
-import math, random, sys, time
-from contextlib import nullcontext
+import math, os, random, re, sys, time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from .checkpoint import drop_checkpoint, load_checkpoint, save_checkpoint
 from .config import RunConfig
@@ -140,7 +141,8 @@ class Log:
         import torch
         loss, norm = self.accelerator.reduce(torch.stack([torch.stack(self.losses).mean(), torch.stack(self.norms).mean()]), "mean").tolist()
         self.losses, self.norms = [], []
-        if not math.isfinite(loss): raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower lr than {lr:g}")
+        for what, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value): raise FloatingPointError(f"the {what} is {value} at step {step}: try a lower lr than {lr:g}")
         rate = self.examples / (self.seconds + time.perf_counter() - started)
         self.write(dict(step=step, steps=self.steps, epoch=round(epoch, 4), loss=loss, lr=lr, grad_norm=norm, examples_per_second=round(rate, 2),
                         seconds_left=round((self.total - self.examples) / rate, 1)))
@@ -323,10 +325,12 @@ def record(config:RunConfig, folder:Path, data, logits, state:TrainState, accele
 def run(config:RunConfig, folder:Path, show, parts:int=1, minutes:float=10):
     "Train, predict and record one run."
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()   # another run of this process may have had another precision
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", log_with="tensorboard", project_dir=folder)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)   # they are the same positions everywhere
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", log_with="tensorboard", project_dir=folder,
+                              kwargs_handlers=[ddp])
     if accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
     saved = begin(config, folder, accelerator)
     data, pad_id, state = fit(config, folder, accelerator, show, parts, minutes, saved)
@@ -337,43 +341,84 @@ def run(config:RunConfig, folder:Path, show, parts:int=1, minutes:float=10):
     accelerator.end_training()
 
 # %% ../nbs/08_train.ipynb #dc6ebd2d
+_LAUNCHERS = re.compile("(ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|TORCHELASTIC|PET|PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_.*|"
+                        "((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE))|ROLE_NAME|MASTER_(ADDR|PORT)|FORK_LAUNCHED|.*TF32.*OVERRIDE")
+
+def own_environment() -> dict[str, str]:
+    "The environment without what launchers of other jobs have left in it."
+    return {k: v for k, v in os.environ.items() if not _LAUNCHERS.fullmatch(k)}
+
+@contextmanager
+def without_leftovers():
+    "In here the environment is `own_environment`."
+    before, own = dict(os.environ), own_environment()
+    for k in before.keys() - own.keys(): del os.environ[k]
+    try: yield
+    finally: os.environ.update((k, before[k]) for k in before.keys() - own.keys())
+
+def check_processes(processes:int):
+    "`BadInput` for more processes than there are GPUs, where there are any."
+    import torch
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes: raise BadInput(f"processes must be at most the number of GPUs, {gpus}, got {processes}")
+
 def launch(folder:Path, processes:int, show, parts:int=1, minutes:float=10):
-    "Train the run of `folder` in several processes, by accelerate on GPUs and by torchrun on a CPU."
-    import os, subprocess, torch
-    if torch.cuda.device_count(): launcher, env = ["accelerate.commands.launch", "--num_processes", str(processes), *(["--multi_gpu"] if processes > 1 else [])], {}
-    else:
-        threads = max(1, torch.get_num_threads() // processes)
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        env = dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS=str(threads))   # accelerate launch starts only one without MPI
+    "Train the run of `folder` in several processes of this machine, started by torchrun, which no user's configuration changes."
+    import subprocess, torch
+    threads = max(1, torch.get_num_threads() // processes)
+    env = own_environment() | dict(OMP_NUM_THREADS=str(threads), PYTHONSAFEPATH="1")
+    if not torch.cuda.device_count(): env["ACCELERATE_USE_CPU"] = "true"
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, "-m", *launcher, "-m", "peft_study.train", str(folder), str(os.getpid()), str(parts), str(minutes)]
-    with open(folder/"launch.log", "w") as out: child = subprocess.Popen(command, env=os.environ | env | dict(PYTHONSAFEPATH="1"), stdout=out, stderr=out)
+    with open(folder/"launch.log", "w") as out: child = subprocess.Popen(command, env=env, stdout=out, stderr=out)
     try:
         while child.poll() is None: time.sleep(.5); show(progress(read_metrics(folder)))
     finally: child.terminate()
     if child.returncode == 0 and is_done(folder): return
     log = read_text(folder/"launch.log", "replace")
+    if diverged := re.search("FloatingPointError: (.*)", log): raise FloatingPointError(diverged[1])
     if is_out_of_memory(log): raise torch.OutOfMemoryError(f"in one of {processes} processes")
     raise RuntimeError(f"training in {processes} processes failed; the end of {folder}/launch.log:\n" + "".join(log.splitlines(True)[-15:]))
 
 # %% ../nbs/08_train.ipynb #ad59a79e
+_NO_MEMORY = re.compile("out of memory|OutOfMemoryError|MemoryError|bad_alloc|STATUS_(ALLOC_FAILED|INTERNAL_ERROR_\\w+_ALLOCATION_FAILED)|"
+                        "(can't|cannot|unable to) allocate|not enough memory|could not create a memory", re.IGNORECASE)
+
 def is_out_of_memory(e) -> bool:
     "Whether an exception, or the text of a log, is about memory: a GPU's, or the processor's."
-    return isinstance(e, MemoryError) or any(s in f"{type(e).__name__}: {e}" for s in ("OutOfMemoryError", "can't allocate memory"))
+    return isinstance(e, MemoryError) or bool(_NO_MEMORY.search(f"{type(e).__name__}: {e}"))
+
+def others_memory() -> float:
+    "The share of the GPU's memory that other processes hold; 0 on a processor, and 1 where it cannot be told."
+    import torch
+    if not torch.cuda.is_available(): return 0.
+    if not torch.cuda.is_initialized(): return 1.   # this process has only started those that use it
+    free, total = torch.cuda.mem_get_info()
+    return 1 - (free + torch.cuda.memory_reserved()) / total
 
 # %% ../nbs/08_train.ipynb #d00989ae
-def with_less_memory(attempt, folder:Path, batch_size:int):
-    "Call `attempt(parts)`, with twice the parts as long as it runs out of memory."
+def with_less_memory(attempt, folder:Path, batch_size:int, pause:float=20 # seconds
+                    ):
+    "Call `attempt(parts)`, with twice the parts as long as it runs out of memory; once the same again where others hold the GPU's."
     import gc, torch
-    saved = load_checkpoint(folder)
+    saved, waited = load_checkpoint(folder), False
     parts = saved["at"]["parts"] if saved else 1
     while True:
         try: return attempt(parts)
         except Exception as e:
-            if not is_out_of_memory(e) or parts >= batch_size: raise
+            if not is_out_of_memory(e): raise
+            wait = not waited and others_memory() > .15   # this process has some beside torch's
+            if parts >= batch_size and not wait: raise
+        gc.collect()
+        if torch.cuda.is_available(): torch.cuda.empty_cache()
+        if wait:
+            print(f"out of memory, of which other processes hold a part: the same again in {pause:.0f} seconds")
+            time.sleep(pause)
+            waited = True
+            continue
         parts *= 2
         print(f"out of memory: again from the start, with each batch in {parts} parts")
         drop_checkpoint(folder)
-        gc.collect(); torch.cuda.is_available() and torch.cuda.empty_cache()
 
 # %% ../nbs/08_train.ipynb #f3c705c6
 def train(configs:list[RunConfig],
@@ -383,6 +428,7 @@ def train(configs:list[RunConfig],
          ) -> list[Path]:  # the runs' folders, complete
     "Complete the folders of `configs`; finished ones are left as they are."
     folders = [run_folder(c, outputs) for c in configs]
+    if processes > 1: check_processes(processes)
     for config, folder in zip(configs, folders):
         if is_done(folder): continue
         check_run(config)
@@ -391,7 +437,7 @@ def train(configs:list[RunConfig],
             if is_done(folder): continue   # by the one who held it before
             show = status_line()
             def attempt(parts): launch(folder, processes, show, parts, minutes) if processes > 1 else run(config, folder, show, parts, minutes)
-            with_less_memory(attempt, folder, config.batch_size)
+            with without_leftovers(): with_less_memory(attempt, folder, config.batch_size)
     return folders
 
 # %% ../nbs/08_train.ipynb #5cc11aea

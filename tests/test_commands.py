@@ -35,7 +35,7 @@ def with_last_row(row): return "index\tsentence1\tsentence2\tlabel\n0\tIt rains.
     (["--epochs", "0"], "n_epochs must be at least 1"),
     (["--batch-size", "0"], "batch_size must be at least 1"),
     (["--targets", "query,keys"], "targets must be of query, key, value"),
-    (["--precision", "fp8"], "precision must be 'fp32', 'bf16' or 'auto'"),
+    (["--precision", "fp8"], "precision must be 'fp32', 'tf32', 'bf16' or 'auto'"),
     (["--max-length", "1000"], "max_length must be at most the encoder's 512 positions"),
     (["--method", "json:dumps"], "method 'json:dumps' is no subclass"),
     (["--rnak", "4"], "unknown setting 'rnak' for method lora"),
