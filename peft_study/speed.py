@@ -20,7 +20,8 @@ def _keep(like, p:float):
     import numpy as np, torch
     n, seed = like.numel(), torch.randint(2**63 - 1, (), device="cpu").item()
     bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-n // 4)).view(np.int16)[:n])
-    return torch.ge(bits, round(p * 2**16) - 2**15, out=torch.empty(n, dtype=torch.int8)).view(like.shape)
+    least = min(round(p * 2**16), 2**16 - 1) - 2**15   # within the type of `bits`
+    return torch.ge(bits, least, out=torch.empty(n, dtype=torch.int8)).view(like.shape)
 
 def _drop(x, p:float):
     "`x` with a share `p` of its elements zero and the others larger by 1/(1 - p); differentiable."
@@ -28,7 +29,9 @@ def _drop(x, p:float):
 
 # %% ../nbs/05b_speed.ipynb #8e9b1578
 def _forward(self, x):
-    return _drop(x, self.p) if self.training and 0 < self.p < 1 else x
+    from torch.nn.functional import dropout
+    if self.training and 0 < self.p < 1: return _drop(x, self.p)
+    return dropout(x, self.p, self.training)   # without draws: all, or at p = 1 nothing
 
 def cheap_dropout(model):
     "Let all dropout modules of `model` draw cheaply."
@@ -81,7 +84,7 @@ def attention(module, query, key, value, attention_mask, dropout:float=0., scali
     "What 🤗 transformers calls under the name `plain`; (batch, length, heads, width), None."
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    if not dropout or kw.get("position_bias") is not None or kw.get("is_causal"): return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
+    if not 0 < dropout < 1 or kw.get("position_bias") is not None or kw.get("is_causal"): return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros(attention_mask.shape, device=query.device).masked_fill_(~attention_mask, -1e4)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype

@@ -44,6 +44,7 @@ class Method(BaseModel):
     trains_pooler: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     no_decay: ClassVar[tuple] = ()      # parts of names of added matrices that weight decay leaves alone
+    draws: ClassVar[bool] = True        # what is added starts from random values, or from constants; False: from the encoder's alone
     variants: ClassVar[tuple] = ()      # options that change what the method is, not how large it is or how it is tuned
 
     def __init__(self, /, **given):
@@ -234,7 +235,9 @@ def save_adapter(model, method:Method,
         family = get_family(model.config)
         heads = dict.fromkeys(m.split(".")[0] for m in family.head)   # peft saves a head of two layers as one module
         parts = [m for m in (*heads, family.pooler) if m and any(n.startswith(m + ".") for n in state)]
-        peft |= dict(task_type="SEQ_CLS", inference_mode=True, base_model_name_or_path=facts.get("checkpoint"), modules_to_save=parts)
+        place = model.config._name_or_path or facts.get("checkpoint")   # where the encoder was loaded from
+        if place and Path(place).is_dir(): place = str(Path(place).resolve())
+        peft |= dict(task_type="SEQ_CLS", inference_mode=True, base_model_name_or_path=place, modules_to_save=parts)
         (folder/"adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
     save_file({method.peft_name(n) if peft else n: t for n, t in state.items()}, folder/WEIGHTS, metadata={"format": "pt"})
     (folder/FACTS).write_text(json.dumps(dict(method=method.name, **method.model_dump(mode="json")) | facts, indent=2) + "\n")
@@ -278,6 +281,8 @@ class Reference(Method):
             warnings.simplefilter("ignore")
             return get_peft_model(model, self.official(sites))
 
+    def merge(self, model): raise BadInput(f"method {self.name!r} is merged by 🤗 peft, not here: export it for 🤗 peft, with --peft")
+
 # %% ../../nbs/methods/00_core.ipynb #bcc8d3c1
 def random_batch(config, batch:int=4, length:int=12, seed:int=0) -> dict:
     "Token ids with padding at different places, and labels, for lessons and checks."
@@ -293,12 +298,16 @@ def _logits(model, batch):
     model.eval()
     with torch.no_grad(): return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
 
-def _train_a_little(model, method, batch, steps=3):
+def _train_a_little(model, method, batch, steps=3) -> set: # names of what had a gradient
     import torch
-    optimizer = torch.optim.AdamW(method.groups(model, lr=1e-2, weight_decay=.01))
+    optimizer, reached = torch.optim.AdamW(method.groups(model, lr=1e-2, weight_decay=.01)), set()
     model.train()
     for _ in range(steps):
-        optimizer.zero_grad(); model(**batch).loss.backward(); optimizer.step()
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        reached |= {n for n, p in trainable(model).items() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+    return reached
 
 # %% ../../nbs/methods/00_core.ipynb #2614520c
 def _check_start(method, model, ours, batch):
@@ -309,23 +318,53 @@ def _check_start(method, model, ours, batch):
     assert change <= limit, f"start is {method.start!r}, but the logits changed by {change:.2g} (allowed {limit})"
     return change
 
-def _check_seed(method, model):
-    "Initial values are the same after other random draws, and others under another seed."
+def _added(model, method, seed:int=0) -> dict:
+    "Name → initial value, of what the method adds to a copy of `model`; copies of the encoder's own are none, nor are constants."
     import torch
-    values = lambda seed: [p.detach().clone() for p in trainable(apply_method(deepcopy(model), method, seed)).values()]
-    first = values(0); torch.rand(7)
-    assert all(map(torch.equal, first, values(0))), "initial values depend on more than the seed"
+    ours = apply_method(deepcopy(model), method, seed)
+    own = list(model.parameters())
+    def is_new(p): return not any(p.shape == q.shape and torch.equal(p, q) for q in own) and p.unique().numel() > 1
+    return {n: p.detach().clone() for n, p in trainable(ours).items() if is_new(p)}
+
+def _check_seed(method, model):
+    "Initial values are the same after other random draws, and others under another seed, but for those that follow the encoder's."
+    import torch
+    first = _added(model, method)
+    torch.rand(7)
+    again, other = _added(model, method), _added(model, method, seed=1)
+    for n, p in first.items(): assert torch.equal(p, again[n]), f"initial values of {n} depend on more than the seed"
+    drawn = {n for n, p in first.items() if not torch.equal(p, other[n])}
+    assert drawn or not first or not method.draws, f"initial values of {', '.join(first)} ignore the seed"
+    encoder = deepcopy(model)
+    with torch.no_grad():
+        for p in encoder.parameters(): p.mul_(1.5)
+    moved = _added(encoder, method)
+    for n in first.keys() - drawn: assert not torch.equal(first[n], moved[n]), f"initial values of {n} ignore the seed"
 
 # %% ../../nbs/methods/00_core.ipynb #3691318c
 def _check_training(method, ours, batch):
-    "Frozen tensors stay bit-identical, and every tensor that learns has moved."
+    "Frozen tensors stay bit-identical; every tensor that learns has moved, and not by weight decay alone."
     import torch
     before = {n: p.detach().clone() for n, p in ours.named_parameters()}
-    _train_a_little(ours, method, batch)
+    reached = _train_a_little(ours, method, batch)
     learning = trainable(ours)
     for n, p in ours.named_parameters():
-        if n in learning: assert not torch.equal(p, before[n]) or not p.grad.any(), f"{n} should learn and did not move"
-        else: assert torch.equal(p, before[n]), f"{n} is frozen and moved"
+        if n not in learning: assert torch.equal(p, before[n]), f"{n} is frozen and moved"
+        else:
+            assert n in reached, f"{n} should learn and has no gradient"
+            assert not torch.equal(p, before[n]), f"{n} should learn and did not move"
+
+def _check_effect(method, model, ours, batch):
+    "What was added makes a difference: with other values of it, the trained model has other logits."
+    import torch
+    added = [p for n, p in trainable(ours).items() if n not in dict(model.named_parameters()) and "modules_to_save" not in n]
+    if not added: return
+    logits, learned, g = _logits(ours, batch), [p.detach().clone() for p in added], torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in added: p.add_(torch.randn(p.shape, generator=g), alpha=.5)
+        change = ((_logits(ours, batch) - logits).norm() / logits.norm()).item()
+        for p, value in zip(added, learned): p.copy_(value)
+    assert change > 1e-6, f"what the method adds makes no difference: the logits change by {change:.2g} with its values"   # more than rounding
 
 # %% ../../nbs/methods/00_core.ipynb #5b21798d
 def _check_saving(method, model, ours, batch):
@@ -363,6 +402,7 @@ def check_method(method:Method,
     expected = n["total"] if expected is None else expected
     assert n["trainable"] == expected, f"{n['trainable']:,} parameters learn, the formula says {expected:,}"
     _check_training(method, ours, batch)
+    _check_effect(method, model, ours, batch)
     _check_saving(method, model, ours, batch)
     if method.mergeable: _check_merging(method, model, ours, batch)
     return dict(method=method.name, size=method.size, trainable=n["trainable"], change_at_start=change, merged=method.mergeable)

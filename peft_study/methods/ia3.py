@@ -65,22 +65,23 @@ class IA3(Method):
 
     def n_parameters(self, s:Sizes) -> int: return s.L * (2 * s.H + s.F)
 
-    def inject(self, model, sites:Sites):
+    def scales(self, sites:Sites) -> dict: # module path → whether its input is scaled, and the blocks of its output that are
         blocks = tuple(sites.fused.index(r) for r in ("key", "value")) if sites.fused else (), len(sites.fused)
-        for role in ("value", "ffn_out") if sites.fused else ("key", "value", "ffn_out"):
-            for path in sites[role]: add_ia3(model.get_submodule(path), role == "ffn_out", blocks if role in sites.fused else ())
+        own = {role: (role == "ffn_out", blocks if role in sites.fused else ()) for role in ("key", "value", "ffn_out")}
+        return {path: own[role] for role in own for path in sites[role]}
+
+    def inject(self, model, sites:Sites):
+        for path, (of_input, blocks) in self.scales(sites).items(): add_ia3(model.get_submodule(path), of_input, blocks)
         return model
 
 # %% ../../nbs/methods/07_ia3.ipynb #78feca6f
-def _each(model, f):
-    sites = Sites(model.config)
-    for role in ("key", "value", "ffn_out"):
-        for path in sites[role]: f(model.get_submodule(path))
+def _each(self:IA3, model, f):
+    for path in self.scales(Sites(model.config)): f(model.get_submodule(path))
 
 @patch
-def merge(self:IA3, model): _each(model, merge_ia3)
+def merge(self:IA3, model): _each(self, model, merge_ia3)
 @patch
-def unmerge(self:IA3, model): _each(model, unmerge_ia3)
+def unmerge(self:IA3, model): _each(self, model, unmerge_ia3)
 
 # %% ../../nbs/methods/07_ia3.ipynb #4598cd46
 @patch

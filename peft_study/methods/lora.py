@@ -132,11 +132,16 @@ def check(self:LoRA, config):
     if self.rank > config.hidden_size: raise BadInput(f"rank must be at most the layer's width {config.hidden_size}, got {self.rank}")
 
 @patch
-def inject(self:LoRA, model, sites:Sites):
+def updates(self:LoRA, sites:Sites) -> dict: # module path → rank, scale and blocks of its update
+    "What is updated; roles that share one matrix have one entry."
     blocks = tuple(i for i, role in enumerate(sites.fused) if role in self.targets), len(sites.fused)
-    for role in self.targets:
-        if role in sites.fused and role != sites.fused[blocks[0][0]]: continue   # the first of them brings all
-        for path in sites[role]: add_lora(model.get_submodule(path), self.rank, self.scale, self.lora_dropout, self.dora, blocks if role in sites.fused else ())
+    own = {role: (self.rank, self.scale, blocks if role in sites.fused else ()) for role in self.targets}
+    return {path: own[role] for role in self.targets for path in sites[role]}
+
+@patch
+def inject(self:LoRA, model, sites:Sites):
+    for path, (rank, scale, blocks) in self.updates(sites).items():
+        add_lora(model.get_submodule(path), rank, scale, self.lora_dropout, self.dora, blocks)
     return model
 
 @patch
@@ -145,9 +150,7 @@ def n_parameters(self:LoRA, s:Sizes) -> int:
 
 # %% ../../nbs/methods/03_lora.ipynb #8f0dfe8c
 def _each(self:LoRA, model, f):
-    for role, paths in Sites(model.config).items():
-        if role in self.targets:
-            for path in paths: f(model.get_submodule(path))
+    for path in self.updates(Sites(model.config)): f(model.get_submodule(path))
 
 @patch
 def merge(self:LoRA, model): _each(self, model, merge_lora)
