@@ -188,24 +188,29 @@ def complete(study, outputs, engine):
 
 # %% ../nbs/12_cli.ipynb #af906f62
 def print_table(table, console):
-    "A row a method and size, a column a task: the mean over seeds of the best configuration."
+    "A row an encoder, method and size, a column a task: the mean over seeds of the chosen configuration."
     from rich.table import Table
     from peft_study.glue import TASKS
-    from peft_study.results import done, means
-    runs, cells = done(table), means(table)
+    from peft_study.results import cell_means, done, not_reported
+    runs, cells = done(table), cell_means(table)
     tasks = [t for t in TASKS if t in set(runs.task_name)]
     synthetic = len(runs) and (runs.data == "demo").all()
+    places = [name for name in ("checkpoint", "data_id") if cells.groupby("task_name", dropna=False)[name].nunique().max() > 1]
     out = Table(title="dev scores" + (" on synthetic data" if synthetic else ""), title_justify="left")
-    for c in ("method", "size", "parameters"): out.add_column(c, justify="right" if c == "parameters" else "left", no_wrap=True)
+    for c in [*places, "method", "size", "parameters"]: out.add_column(c, justify="right" if c == "parameters" else "left", no_wrap=True)
     for t in tasks: out.add_column(TASKS[t].kind if synthetic else TASKS[t].title, justify="right")
-    for (method, size), group in cells.groupby(["method", "size"], sort=False):
+    for key, group in cells.groupby([*places, "label", "size"], sort=False):
         n, score = group.parameters, dict(zip(group.task_name, group.score))
-        out.add_row(method, size, f"{n.min():,.0f}" if n.min() == n.max() else f"{n.min():,.0f}–{n.max():,.0f}", *(f"{score[t]:.3f}" if t in score else "" for t in tasks))
+        parameters = f"{n.min():,.0f}" if n.min() == n.max() else f"{n.min():,.0f}–{n.max():,.0f}"
+        out.add_row(*key, parameters, *(f"{score[t]:.3f}" if t in score else "" for t in tasks))
     console.print(out)
-    if len(runs) and cells.n.max() > 1: console.print(f"means over up to {cells.n.max()} seeds", highlight=False)
-    if len(runs) and cells.tried.max() > 1: console.print(f"each cell is the best of up to {cells.tried.max()} configurations", highlight=False)
-    if n := int(table.other_code.sum()): console.print(f"{n} of {len(runs)} runs are of another version of the code: see other_code in results.csv", highlight=False)
-    if n := len(table) - len(runs): console.print(f"{n} runs have no result: see status in results.csv", highlight=False)
+    def say(text): console.print(text, highlight=False, soft_wrap=True)
+    if len(cells) and cells.n.max() > 1: say(f"means over up to {cells.n.max()} seeds")
+    if len(cells) and cells.tried.max() > 1: say(f"each cell is the chosen one of up to {cells.tried.max()} configurations")
+    if len(runs) and cells.empty: say("no cell has been repeated with the final seeds yet")
+    if n := (not_reported(table).stage == "former").sum(): say(f"{n} runs repeat a former choice and are left out: see stage in results.csv")
+    if n := int(table.other_code.sum()): say(f"{n} of {len(runs)} runs are of another version of the code: see other_code in results.csv")
+    if n := len(table) - len(runs): say(f"{n} runs have no result: see status in results.csv")
 
 # %% ../nbs/12_cli.ipynb #1f421122
 def _engine(name:str, outputs, jobs:int, minutes:float):

@@ -285,12 +285,14 @@ def gpu_versions() -> dict:
     return dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=driver[0] if driver else None)
 
 def provenance(config:RunConfig, device:str="cpu", processes:int=1) -> dict:
-    "Versions, commit, code, device, threads, and the fingerprint of the data."
+    "Versions, commit, code, device, threads, and the fingerprints of data and checkpoint."
     import platform, torch
     from datetime import datetime, timezone
     from importlib.metadata import version
+    from peft_study.config import checkpoint_fingerprint
     from peft_study.data import data_fingerprint
     packages = ("peft_study", "torch", "transformers", "datasets", "accelerate")
     return dict(finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), commit=commit(), code=code_version(), python=platform.python_version(),
                 versions={p: version(p) for p in packages} | (gpu_versions() if device == "cuda" else {}), device=device_name(device), threads=torch.get_num_threads(), processes=processes,
-                data_fingerprint=data_fingerprint(get_task(config.task_name), config.data))
+                data_fingerprint=data_fingerprint(get_task(config.task_name), config.data),
+                checkpoint_fingerprint=checkpoint_fingerprint(config.checkpoint))

@@ -14,16 +14,22 @@ from .data import has_split, read_split
 from .files import read_text
 from .glue import METRICS, SUBMISSION_ROWS, TASKS, BadInput, get_task, score, splits, to_word
 from .predict import decide, predict_split
-from .results import best_on_dev, load_runs
+from .results import best_runs, load_runs
 from .runs import write_atomic, write_json
 
 # %% ../nbs/10b_submission.ipynb #7587b13d
 def choose(table, method:str|None=None) -> dict: # task → row of the table
-    "The best run on dev of each task, among all methods or of one, with `tried` configurations and `runs` to choose from."
-    best = best_on_dev(table)
-    if method and method not in set(best.method): raise BadInput(f"no finished run of method {method!r}: there are {', '.join(sorted(set(best.method))) or 'none'}")
-    if method: best = best[best.method == method]
-    return {task: pd.concat([rows.loc[rows.score.idxmax()].drop(["tried", "runs"]), rows[["tried", "runs"]].sum()]) for task, rows in best.groupby("task_name")}
+    "The run that answers for each task: the best by what chooses, of all methods or of one, with `tried` configurations and `runs` to choose from."
+    best = best_runs(table)
+    there = sorted(set(best.label) | set(best.method))
+    if method and method not in there: raise BadInput(f"no finished run of method {method!r}: there are {', '.join(there) or 'none'}")
+    if method: best = best[best.label == method] if method in set(best.label) else best[best.method == method]
+    chosen = {}
+    for task, rows in best.groupby("task_name"):
+        data = sorted(set(rows.data_id.str.split("[").str[0]))
+        if len(data) > 1: raise BadInput(f"the runs of {task} are on several data sets, whose scores do not compare: {', '.join(data)}")
+        chosen[task] = pd.concat([rows.loc[rows.selection.idxmax()].drop(["tried", "runs"]), rows[["tried", "runs"]].sum()])
+    return chosen
 
 # %% ../nbs/10b_submission.ipynb #203fca34
 def answers(task, split:str, run, folder) -> list[str]:
@@ -49,7 +55,7 @@ def submit(study:str, outputs="outputs",
            method:str|None=None, # only its runs; default: for each task the best of all
            fill:bool=False       # answer with the majority where nothing else can
           ) -> Path:             # the zip; the TSVs and manifest.json lie beside it
-    "Make the GLUE submission of a study's best runs on dev; `BadInput` names what is missing."
+    "Make the GLUE submission of a study's best runs; `BadInput` names what is missing."
     chosen = choose(load_runs(study, outputs), method)
     if not chosen: raise BadInput(f"study {study!r} has no finished run")
     sources = {s.submission: (t, s.name, run if (run := chosen.get(t.name)) is not None and has_split(t, s.name, run.data) else None)
@@ -64,7 +70,8 @@ def submit(study:str, outputs="outputs",
             files[file], manifest[file] = ["index\tprediction", *(f"{i}\t{word}" for i in range(SUBMISSION_ROWS[file]))], dict(filled=word, rows=SUBMISSION_ROWS[file])
         else:
             files[file] = answers(task, split, run, Path(outputs)/study/"runs"/run.run_id)
-            manifest[file] = dict(run_id=run.run_id, method=run.method, dev_score=float(run.score), tried=int(run.tried), runs=int(run.runs), rows=len(files[file]) - 1)
+            manifest[file] = dict(run_id=run.run_id, method=run.label, dev_score=float(run.score), selection=float(run.selection),
+                                  tried=int(run.tried), runs=int(run.runs), rows=len(files[file]) - 1)
     return _write(Path(outputs)/study/"submission"/(method or "best").replace(":", "_"), files, dict(study=study, method=method or "best of all", synthetic=data == "demo", files=manifest))
 
 # %% ../nbs/10b_submission.ipynb #fc7f3005

@@ -105,7 +105,7 @@ def test_numbers_lead_to_runs(reported, study, command):
     code, out, err = command("trace", "tbl-main", "cola/lora", outputs=study.folder/"quiet")
     assert code == 0 and out.count("result.json") == 2 and out.count("peft-study run") == 2, err
     code, out, err = command("trace", "tbl-main", "cola/prefix", outputs=study.folder/"quiet")
-    assert code == 2 and "there are cola/full, cola/adapter, cola/lora" in err
+    assert code == 2 and "there are cola/top_k, cola/adapter, cola/lora" in err
     code, out, err = command("report", "nothing", outputs=study.folder/"quiet")
     assert code == 2 and "no study 'nothing'" in err and len(err.strip().splitlines()) == 1
 
@@ -156,7 +156,7 @@ def test_a_thousand_runs(tmp_path):
     "Table and figures of 1,000 run folders in under 20 seconds."
     from peft_study.plots import cost_vs_score, difference_map, plt, relative_to_full, score_vs_parameters
     from peft_study.report import Trace, main_table, size_table
-    from peft_study.results import compare, load_runs
+    from peft_study.results import DevExamples, compare, load_runs
     made = 0
     for task in ("cola", "sst2", "mrpc", "stsb", "rte"):
         for method in ("lora", "adapter", "full"):
@@ -170,7 +170,8 @@ def test_a_thousand_runs(tmp_path):
     start = time.time()
     table, trace = load_runs("many", tmp_path), Trace()
     for draw in (score_vs_parameters, relative_to_full, cost_vs_score, difference_map): plt.close(draw(table))
-    assert len(compare(table)) == 8 and main_table(table, trace) and size_table(table, trace)
+    examples = DevExamples(tmp_path)   # which there are none of
+    assert len(compare(table, "top_k")) == 8 and main_table(table, trace, examples) and size_table(table, trace, examples)
     print(f"{time.time() - start:.1f} s")
     assert time.time() - start < 20
 

@@ -1,0 +1,155 @@
+"What is said about runs, where the truth is known: run folders with made-up results."
+import json, math, shutil
+import nbformat, numpy as np, pandas as pd, pytest
+from fabricate import final_seeds, run_folder
+from peft_study.glue import BadInput
+from peft_study.report import Trace, execute_report, main_table, pair_table
+from peft_study.results import (DevExamples, best_runs, cell_means, compare, learned, load_runs, not_reported, pairs, paired, predictions_of,
+                                publish_predictions, reported)
+from peft_study.submission import choose
+
+
+def test_two_encoders_in_a_study(tmp_path):
+    "LoRA is one point worse on each of two encoders that are 15 points apart: that is what comes out, with rows for each."
+    for encoder, level in (("minilm", .70), ("bert-base-uncased", .85)):
+        for seed in range(5):
+            for method, worse in (("full", 0), ("lora", .01)):
+                folder = run_folder(tmp_path, level, checkpoint=encoder, method=method, seed=seed)
+                result = json.loads((folder/"result.json").read_text())
+                (folder/"result.json").write_text(json.dumps(result | dict(score=level - worse + .001 * seed)))
+    table = load_runs("made_up", tmp_path)
+    found = compare(table).set_index("encoder")
+    assert found.difference.round(9).to_dict() == {"minilm": -.01, "bert-base-uncased": -.01}
+    cells = cell_means(table)
+    assert len(cells) == 4 and cells.groupby("encoder").score.max().round(3).to_dict() == {"minilm": .702, "bert-base-uncased": .852}
+    rows = main_table(table, Trace(), DevExamples(tmp_path)).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| RTE, bert-base-uncased", "| RTE, minilm"]
+
+
+def test_ours_and_the_official_implementation(tmp_path):
+    "Pairs are equal in data, rate and rank: a planted −1 is −1, whatever else is in the table."
+    planted = dict(lora=.79, hf_lora=.80)
+    def add(method, score, **settings):
+        folder = run_folder(tmp_path, .8, method=method, **settings)
+        result = json.loads((folder/"result.json").read_text())
+        (folder/"result.json").write_text(json.dumps(result | dict(score=score)))
+    for seed in range(5):
+        for method, score in planted.items(): add(method, score, seed=seed, rank=8, lr=1e-3)
+        for rank, rate in ((1, 1e-3), (8, 1e-2), (64, 1e-3)): add("lora", .5, seed=seed, rank=rank, lr=rate)
+        add("lora", .99, seed=seed, rank=8, lr=1e-3, checkpoint="minilm")
+        add("hf_lora", .20, seed=seed + 10, rank=8, lr=1e-3)   # other seeds are no pairs
+    table = load_runs("made_up", tmp_path)
+    (shared, ours, theirs), = pairs(table, "method", "lora", "hf_lora")
+    assert math.isclose(paired(ours, theirs)["difference"], -.01) and paired(ours, theirs)["n"] == 5
+    text = pair_table(table, "method", [("lora", "hf_lora")], Trace(), DevExamples("nowhere"), "tbl-official")
+    assert text.count("\n") == 2 and "−1.0" in text
+
+
+def test_paths_do_not_split_a_cell(tmp_path):
+    "One folder of data, spelled in two ways by two machines; a run without a result knows it by its path."
+    for seed, data in ((0, "../shared/glue"), (1, "/data/glue/"), (2, "../shared/glue")):
+        folder = run_folder(tmp_path, .8, method="lora", seed=seed)
+        for file in ("config.json", "result.json"):
+            content = json.loads((folder/file).read_text())
+            content.get("config", content)["data"] = data
+            if "provenance" in content: content["provenance"]["data_fingerprint"] = "5eed"
+            (folder/file).write_text(json.dumps(content))
+        if seed == 2: (folder/"result.json").unlink()
+    table = load_runs("made_up", tmp_path)
+    assert table.configuration.nunique() == 1 and len(cell_means(table)) == 1 and cell_means(table).n[0] == 2
+
+
+def test_a_run_that_collapsed(tmp_path):
+    "Its score is not a number: tables, choice and submission of the others are as without it."
+    run_folder(tmp_path, .8, method="lora", task_name="stsb")
+    folder = run_folder(tmp_path, .8, method="full", task_name="stsb")
+    (folder/"result.json").write_text((folder/"result.json").read_text().replace('"score": ', '"score": NaN, "was": '))
+    tuned = run_folder(tmp_path, .8, tune=math.nan, method="bitfit", task_name="stsb", tune_share=.1)
+    table = load_runs("made_up", tmp_path)
+    assert set(table.run_id[table.status != "done"]) == {folder.name, tuned.name}
+    assert cell_means(table).label.tolist() == ["lora"] and best_runs(table).label.tolist() == ["lora"]
+    assert choose(table)["stsb"].label == "lora" and main_table(table, Trace(), DevExamples(tmp_path))
+
+
+def test_the_tuning_score_chooses(tmp_path):
+    "Not the dev score, which is only reported: for tables, sizes and the submission."
+    for rate, dev, tune in ((1e-3, .90, .60), (2e-3, .70, .80)): run_folder(tmp_path, dev, tune=tune, method="lora", rank=1, lr=rate, tune_share=.1)
+    run_folder(tmp_path, .95, tune=.70, method="lora", rank=8, tune_share=.1)
+    table = load_runs("made_up", tmp_path)
+    cells = cell_means(table).set_index("size")
+    assert abs(cells.score["r1"] - .70) < .1 and cells.tried["r1"] == 2
+    assert choose(table)["rte"]["lr"] == 2e-3 and choose(table)["rte"]["size"] == "r1"
+
+
+def test_floors(tmp_path):
+    "Above the linear probe by its interval, or not; without a probe, above the constant prediction."
+    for seed in range(5):
+        for method, accuracy in (("full", .85), ("bitfit", .62), ("ia3", .5), ("head", .6)): run_folder(tmp_path, accuracy, method=method, seed=seed)
+    table, examples = load_runs("made_up", tmp_path), DevExamples(tmp_path)
+    assert dict(zip(learned(table, examples).label, learned(table, examples).learned)) == dict(full=True, bitfit=False, ia3=False, head=True)
+    alone = table[table.method != "head"]
+    assert dict(zip(learned(alone, examples).label, learned(alone, examples).learned)) == dict(full=True, bitfit=True, ia3=False)
+    text = main_table(table, Trace(), examples)
+    assert text.count("‡") == 2 and "| constant | linear probe |" in text
+
+
+def test_published_predictions(tmp_path):
+    "One file a study has what the run folders had: the same intervals come out."
+    for seed in range(3):
+        for method, accuracy in (("full", .85), ("lora", .8)): run_folder(tmp_path, accuracy, method=method, seed=seed)
+    table = load_runs("made_up", tmp_path)
+    before = compare(table, examples=DevExamples(tmp_path))
+    publish_predictions(reported(table), tmp_path/"made_up")
+    for folder in (tmp_path/"made_up/runs").iterdir(): shutil.rmtree(folder/"predictions")
+    after = compare(table, examples=DevExamples(tmp_path))
+    pd.testing.assert_frame_equal(before, after)
+    assert before.low.notna().all() and predictions_of("rte-other", tmp_path/"made_up") is None
+
+
+def said(notebook) -> str:
+    "What an executed report says, tables included."
+    cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
+    assert not [o for c in cells for o in c.outputs if o.output_type in ("error", "stream")]
+    return "\n\n".join(o["data"]["text/markdown"] for c in cells for o in c.outputs if "text/markdown" in o.get("data", {}))
+
+
+def test_report_of_two_stages(tmp_path):
+    "Unequal grids, a final seed that failed, repetitions of a former choice, a cell that waits: each is said, and the number is of the rest."
+    def run(method, accuracy, seed, lr=1e-3, **more): return run_folder(tmp_path, accuracy, method=method, seed=seed, lr=lr, tune_share=.1, **more)
+    for method, rates in (("full", (1e-3,)), ("lora", (1e-3, 2e-3, 3e-3)), ("head", (1e-3,)), ("bitfit", (1e-3,))):
+        for rate in rates: run(method, .6 + 50 * rate, 0, rate, tune=.6 + 50 * rate)
+    for method, rate in (("full", 1e-3), ("lora", 3e-3), ("head", 1e-3)):
+        for seed in (1, 2, 3, 4): run(method, .8 - .2 * (method == "head"), seed, rate, tune=.8, error="killed" if (method, seed) == ("lora", 4) else None)
+    former = run("lora", .99, 1, 2e-3, tune=.8)
+    final_seeds(tmp_path, [1, 2, 3, 4])
+    table = load_runs("made_up", tmp_path)
+    assert table.stage.value_counts().to_dict() == dict(final=12, tune=6, former=1)
+    assert set(not_reported(table).run_id) == {former.name} | set(table.run_id[table.status == "failed"])
+    text = said(execute_report("made_up", tmp_path))
+    for words in ("Cells choose from different numbers of configurations", "lora r8 on RTE has 3", "lora r8 on RTE lacks final seed 4", former.name,
+                  "Not repeated with the final seeds yet, and not in the tables: bitfit all on rte", "The grid has 6 runs with 1 seed",
+                  "Choosing configuration and epoch on dev would have flattered"): assert words in text, words
+    lora = cell_means(table).set_index("label").loc["lora"]
+    assert lora.n == 3 and f"| {100 * lora.score:.1f}" not in text and f"[{100 * lora.score:.1f}](runs.html#tbl-sizes-rte-lora-r8)" in text
+
+
+def test_run_folders_of_former_versions(tmp_path):
+    "They lack what is newer: settings, the tuning split, the fingerprint of the checkpoint, study.json."
+    for method, accuracy in (("full", .8), ("lora", .8)):
+        for seed in range(3):
+            folder = run_folder(tmp_path, accuracy, method=method, seed=seed, task_name="mrpc")
+            for file in ("config.json", "result.json"):
+                content = json.loads((folder/file).read_text())
+                for newer in ("tune_share", "cache_frozen", "placement"): content.get("config", content).pop(newer, None)
+                (folder/file).write_text(json.dumps(content))
+    new = run_folder(tmp_path, .8, method="lora", seed=3, task_name="mrpc")
+    table = load_runs("made_up", tmp_path)
+    assert set(table.stage) == {"single"} and table[table.method == "lora"].configuration.nunique() == 1 and new.name in set(table.run_id)
+    text = said(execute_report("made_up", tmp_path))
+    assert "There is no tuning split: dev chooses, and dev is reported" in text and "The linear probe was not run on MRPC" in text
+
+
+def test_several_data_sets_are_no_submission(tmp_path):
+    for seed, data in ((0, "demo"), (1, "hub")): run_folder(tmp_path, .8, method="lora", seed=seed, data=data)
+    with pytest.raises(BadInput, match="the runs of rte are on several data sets, whose scores do not compare: demo, hub"):
+        choose(load_runs("made_up", tmp_path))
