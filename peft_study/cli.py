@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Outputs', 'Minutes', 'Failed', 'main', 'config_flags', 'check', 'report_run', 'run', 'warn_of_gpus',
            'warn_of_budgets', 'complete', 'print_table', 'trainable_parameters', 'list_study', 'study_', 'demo',
-           'predict', 'score', 'write_report', 'report_', 'trace', 'list_', 'evaluate', 'export', 'bench_', 'methods',
-           'device_rows', 'doctor']
+           'publish', 'predict', 'score', 'write_report', 'report_', 'trace', 'list_', 'evaluate', 'export', 'bench_',
+           'methods', 'device_rows', 'doctor']
 
 # %% ../nbs/12_cli.ipynb #8c8ffcdb
 import inspect, os, sys
@@ -325,6 +325,16 @@ def demo(outputs:Outputs=Path("outputs"),
     from peft_study.sweep import read_record
     complete(read_study("demo", auto=read_record("demo", outputs).get("auto")), outputs, _engine("local", outputs, jobs or min(2, cores()), 10))
     write_report("demo", outputs, ["html", "typst"])
+
+# %% ../nbs/12_cli.ipynb #1f91f0cc
+@app.command()
+def publish(study:Annotated[str, typer.Argument(help="a study with finished runs")], outputs:Outputs=Path("outputs"),
+            to:Annotated[Optional[Path], typer.Option(help="default: reports/records/STUDY")]=None):
+    "Put a study's table, results, dev predictions, submission and report where the repository keeps them; a study goes on from there."
+    from peft_study.records import publish
+    folder = publish(study, outputs, to)
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    print(f"{os.path.relpath(folder)}: {len(list(folder.glob('runs/*')))} runs, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB")
 
 # %% ../nbs/12_cli.ipynb #43dd658f
 @app.command()

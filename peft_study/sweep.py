@@ -17,6 +17,7 @@ from .data import train_rows
 from .files import read_text, root, shortened
 from .glue import BadInput, get_task
 from .kernels import ForkedKernel, _redirect, begin, execute_notebook, warm_up
+from .records import adopt
 from .runs import (Held, cores, device_name, die_with, hold, holder, is_done, make_folder, nvidia_smi, read_config, read_metrics, read_record,
                              read_result, run_folder, start_run, write_error, write_json)
 
@@ -305,6 +306,7 @@ def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
     from rich.console import Console
     from rich.live import Live
     console = console or Console(stderr=True)
+    if n := adopt(study.name, outputs): console.print(f"{n} published runs of study {study.name} count as finished")
     record_study(study, outputs)
     second, results = SecondStage(study, outputs), on_one_device(finished(outputs))
     tally, folders, todo = Tally(study.grid, second), {}, []
