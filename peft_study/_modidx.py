@@ -457,6 +457,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'peft_study.methods.lora.LoRA.scale': ( 'methods/lora.html#lora.scale',
                                                                                  'peft_study/methods/lora.py'),
                                          'peft_study.methods.lora.LoRA.size': ('methods/lora.html#lora.size', 'peft_study/methods/lora.py'),
+                                         'peft_study.methods.lora.LoRA.split_targets': ( 'methods/lora.html#lora.split_targets',
+                                                                                         'peft_study/methods/lora.py'),
                                          'peft_study.methods.lora.LoRA.unmerge': ( 'methods/lora.html#lora.unmerge',
                                                                                    'peft_study/methods/lora.py'),
                                          'peft_study.methods.lora.LoRA.updates': ( 'methods/lora.html#lora.updates',

@@ -15,11 +15,14 @@ from base64 import b64decode
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing_extensions import TypedDict
 import pandas as pd
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from .config import RunConfig
 from .files import read_json, read_text, root
 from .glue import BadInput, TASKS
+from .methods.core import one_line
 from .kernels import execute_notebook
 from .plots import at_place, number, place_names
 from .results import (PLACE, DevExamples, best_sizes, cell_means, compare, done, floors, learned, load_runs, paired, pairs, reported, runs_of,
@@ -221,12 +224,18 @@ def save_trace(trace:Trace, folder, outputs="outputs"):
     write_atomic(folder/"runs.html", PAGE.format(title="Runs", body="\n".join(body)))
 
 # %% ../nbs/11b_report.ipynb #84380d9b
+_run = dict(run_id=str, study=str, score=float, command=str|None)
+_cell = TypedDict("_cell", dict(text=str, runs=list[TypedDict("_run", _run)]))
+_tables = TypeAdapter(dict[str, dict[str, _cell]])
+
 def trace_cell(table:str, cell:str, study:str|None=None, outputs="outputs") -> tuple[str, dict]: # the study, and the cell's text and runs
     "What a report's number comes from; `study` defaults to the one whose report is newest."
     reports = {p.parent.parent.name: p for p in sorted(Path(outputs).glob("*/report/trace.json"), key=lambda p: p.stat().st_mtime)}
     if not reports or (study and study not in reports): raise BadInput(f"no report of {study or 'any study'} in {str(outputs)!r}: make one with peft-study report STUDY")
     study = study or list(reports)[-1]
     tables = read_json(reports[study])
+    try: _tables.validate_python(tables)
+    except ValidationError as e: raise BadInput(f"{reports[study]}: {one_line(e)}") from None
     if table not in tables: raise BadInput(f"no table {table!r} in the report of {study}: there are {', '.join(tables)}")
     if cell not in tables[table]: raise BadInput(f"no cell {cell!r} in {table}: there are {', '.join(tables[table])}")
     return study, tables[table][cell]

@@ -103,8 +103,10 @@ class LoRA(Method):
     no_decay = ("lora_",)
 
     @field_validator("targets", mode="before")
+    def split_targets(cls, roles): return roles.split(",") if isinstance(roles, str) else roles
+
+    @field_validator("targets")
     def known_roles(cls, roles):
-        roles = roles.split(",") if isinstance(roles, str) else roles
         if not set(roles) <= set(ROLES): raise ValueError(f"must be of {', '.join(ROLES)}")
         return tuple(sorted(set(roles), key=ROLES.index))
 
