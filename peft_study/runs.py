@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 from .config import RunConfig
-from .files import parse_json, read_json, read_text
+from .files import is_repository, parse_json, read_json, read_text
 from .glue import TASKS, BadInput, get_task
 from .methods.core import one_line
 
@@ -239,7 +239,9 @@ def commit() -> str|None:
     "The repository's commit, with `+` for uncommitted changes of code; None outside a repository."
     import peft_study
     from subprocess import run
-    git = lambda *args: run(["git", "-C", str(Path(peft_study.__file__).parent), *args], capture_output=True, text=True)
+    package = Path(peft_study.__file__).resolve().parent
+    if not is_repository(package.parent): return None   # installed, perhaps below a repository of something else
+    git = lambda *args: run(["git", "-C", str(package), *args], capture_output=True, text=True)
     try: head = git("rev-parse", "--short=12", "HEAD")
     except OSError: return None   # no git on this machine
     if head.returncode: return None
