@@ -125,3 +125,59 @@ def test_bf16(kind, method):
     "With the same dropout masks, the gradient in bf16 points where that in fp32 does."
     fp32, bf16 = (gradient(speed_up(applied(kind, method), precision, torch.device("cpu")), precision) for precision in ("fp32", "bf16"))
     assert torch.cosine_similarity(fp32, bf16, dim=0) > .99
+
+
+class SameSeed(find_method("adapter")):
+    "Begins a stream of random numbers of its own."
+    def inject(self, model, sites):
+        torch.manual_seed(0)
+        return super().inject(model, sites)
+
+class SameWords(find_method("prompt")):
+    "Its first values are the encoder's, but the same words under each seed."
+    def inject(self, model, sites):
+        model = super().inject(model, sites)
+        model.prompt_embeddings.data = model.get_input_embeddings().weight[:self.prompt_length].detach().clone()
+        return model
+
+class TimesZero(find_method("lora")):
+    def inject(self, model, sites):
+        model = super().inject(model, sites)
+        for module in model.modules():
+            if hasattr(module, "lora_scale"): module.lora_scale = 0.
+        return model
+
+class ZeroInEvaluation(find_method("adapter")):
+    "What it learns is used in training only."
+    def inject(self, model, sites):
+        model = super().inject(model, sites)
+        def plain_after(module, inputs, h): return h if module.training else inputs[0]
+        for path in sites["ffn_end"] + sites["attention_end"]: model.get_submodule(path).register_forward_hook(plain_after)
+        return model
+
+class DecayOnly(find_method("adapter")):
+    "Its tensors are in the optimiser, and no gradient reaches them."
+    def inject(self, model, sites):
+        model = super().inject(model, sites)
+        for module in model.modules():
+            if hasattr(module, "adapter"): module.adapter.register_parameter("idle", torch.nn.Parameter(torch.randn(3)))
+        return model
+    def n_parameters(self, s): return super().n_parameters(s) + 2 * s.L * 3
+
+
+@pytest.mark.parametrize("method, why", [(SameSeed(bottleneck_size=4), "ignore the seed"), (SameWords(prompt_length=3), "ignore the seed"), (TimesZero(rank=2), "has no gradient"),
+                                         (ZeroInEvaluation(bottleneck_size=4), "makes no difference"), (DecayOnly(bottleneck_size=4), "has no gradient")], ids=lambda v: type(v).__name__)
+def test_broken_promises(method, why):
+    with pytest.raises(AssertionError, match=why): check_method(method, model_of("bert"))
+
+
+@pytest.mark.parametrize("p, share", [(0., 1.), (.25, .75), (1 - 1e-9, 0.), (1., 0.)])
+def test_dropout_at_the_edges(p, share):
+    "In the hidden states and in attention, as torch's: all are kept at 0 and none at 1."
+    from peft_study.speed import attention, cheap_dropout
+    module = torch.nn.Sequential(torch.nn.Dropout(p))
+    cheap_dropout(module)
+    assert (module(torch.ones(100, 100)) != 0).float().mean() == pytest.approx(share, abs=.02)
+    assert torch.equal(module.eval()(torch.ones(5)), torch.ones(5))
+    q = torch.randn(1, 2, 3, 4)
+    assert (attention(torch.nn.Module(), q, q, q, None, dropout=p)[0] != 0).any() == (share > 0)

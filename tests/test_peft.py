@@ -1,9 +1,13 @@
 "Against 🤗 peft: equal values give equal logits, gradients and weights, and each loads what the other saves."
+import json
 from copy import deepcopy
 import pytest, torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
+from peft_study import exchange
 from peft_study.encoders import FAMILIES, ROLES, Sites, tiny_config
+from peft_study.exchange import load_peft, peft_method, plain_model
+from peft_study.glue import BadInput
 from peft_study.methods.core import apply_method, load_adapter, random_batch, save_adapter, trainable
 from peft_study.methods.ia3 import IA3
 from peft_study.methods.lora import LoRA
@@ -125,3 +129,131 @@ def test_peft_loads_every_family(kind, tmp_path):
     save_adapter(ours, method, tmp_path)
     theirs, batch = PeftModel.from_pretrained(deepcopy(base), tmp_path).eval(), random_batch(base.config)
     close(ours.eval()(**batch).logits, theirs(**batch).logits)
+
+
+# What others trained with 🤗 peft
+
+def base_model(kind="bert"):
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(tiny_config(kind)).eval()
+
+
+def trained(config, folder, kind="bert"):
+    "A model of peft with other values than at its start, saved to `folder`."
+    theirs = get_peft_model(base_model(kind), config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad: p.add_(torch.randn_like(p), alpha=.1)
+    theirs.save_pretrained(folder)
+    return theirs.eval()
+
+
+def edited(folder, **settings):
+    "The folder's adapter_config.json with other settings."
+    file = folder/"adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def lora(**settings): return LoraConfig(**dict(task_type="SEQ_CLS", r=3, lora_alpha=6, target_modules=["query", "value"]) | settings)
+
+LOADS = dict(
+    rank_pattern=lora(rank_pattern={"layer.0.*query": 2, "value": 1}), alpha_pattern=lora(alpha_pattern={r"layer\.1\..*": 9}),
+    patterns_rslora=lora(rank_pattern={"query": 4}, alpha_pattern={"query": 5}, use_rslora=True), dora_one_layer=lora(use_dora=True, layers_to_transform=0),
+    layers=lora(layers_to_transform=[1], layers_pattern="layer"), one_layer_pattern=lora(target_modules=r".*layer\.1\..*(query|ffn|intermediate\.dense)"),
+    excluded=lora(exclude_modules=r".*layer\.0.*"), excluded_ends=lora(exclude_modules=["0.attention.self.query"]), bias=lora(bias="lora_only"),
+    bias_one_layer=lora(bias="lora_only", layers_to_transform=[0]), whole_paths=lora(target_modules=["bert.encoder.layer.0.output.dense", "key"]),
+    orthogonal=lora(init_lora_weights="orthogonal", r=4), no_start=lora(init_lora_weights=False), fan=lora(fan_in_fan_out=True),
+    pooler=lora(modules_to_save=["pooler"]), ia3_default=IA3Config(task_type="SEQ_CLS"),
+    ia3_odd=IA3Config(task_type="SEQ_CLS", target_modules=["query", "intermediate.dense"], feedforward_modules=["query"]),
+    projected=PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8),
+    sampled=PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"))
+
+
+@pytest.mark.parametrize("config", LOADS.values(), ids=LOADS)
+def test_loads(config, tmp_path):
+    "The logits of peft; and, saved by us again, in peft."
+    theirs, batch = trained(config, tmp_path/"theirs"), random_batch(tiny_config("bert"))
+    ours = load_peft(base_model(), tmp_path/"theirs")
+    close(ours(**batch).logits, theirs(**batch).logits)
+    method = peft_method(tmp_path/"theirs", Sites(ours.config))
+    save_adapter(ours, method, tmp_path/"ours")
+    close(PeftModel.from_pretrained(base_model(), tmp_path/"ours").eval()(**batch).logits, theirs(**batch).logits)
+    if method.mergeable: close(plain_model(ours, method)(**batch).logits, theirs(**batch).logits)
+
+
+def test_loads_modernbert(tmp_path):
+    "peft updates its query, key and value as one matrix."
+    theirs = trained(lora(target_modules=["Wqkv"], modules_to_save=["classifier"]), tmp_path, "modernbert")
+    batch = random_batch(theirs.config)
+    close(load_peft(base_model("modernbert"), tmp_path)(**batch).logits, theirs(**batch).logits)
+
+
+ON = dict(init_lora_weights="pissa_niter_4", bias="all", megatron_config=dict(a=1), trainable_token_indices=[1], loftq_config=dict(loftq_bits=4), corda_config=dict(a=1),
+          lora_ga_config=dict(a=1), velora_config=dict(a=1), alora_invocation_tokens=[1], use_qalora=True, monteclora_config=dict(a=1), layer_replication=[[0, 2]], lora_bias=True,
+          target_parameters=["a"], use_bdlora=dict(a=1), arrow_config=dict(a=1), kasa_config=dict(a=1), ensure_weight_tying=True, task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("setting", ON)
+def test_refused_by_name(setting, tmp_path):
+    trained(lora(), tmp_path)
+    edited(tmp_path, **{setting: ON[setting]})
+    with pytest.raises(BadInput, match=setting): load_peft(base_model(), tmp_path)
+
+
+@pytest.mark.parametrize("config", [lora(), IA3Config(task_type="SEQ_CLS"), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)],
+                         ids=lambda config: config.peft_type.value)
+def test_every_setting_of_peft_has_an_answer(config, tmp_path):
+    "All defaults of the installed peft load; each setting that is not known here is refused when it is on."
+    trained(config, tmp_path)
+    sites, saved = Sites(tiny_config("bert")), json.loads((tmp_path/"adapter_config.json").read_text())
+    peft_method(tmp_path, sites)
+    known = set(exchange._kinds[saved["peft_type"]].model_fields) | set(exchange._silent)
+    for name in saved.keys() - known:
+        edited(tmp_path, **saved | {name: "on"})
+        with pytest.raises(BadInput, match=f"{name} = \"on\" is not supported"): peft_method(tmp_path, sites)
+
+
+def test_a_setting_of_a_later_peft(tmp_path):
+    "peft warns and passes over it, and so do we."
+    theirs, batch = trained(lora(), tmp_path), random_batch(tiny_config("bert"))
+    edited(tmp_path, from_the_future=None, another=dict(a=1))
+    with pytest.warns(UserWarning, match="another"): ours = load_peft(base_model(), tmp_path)
+    close(ours(**batch).logits, theirs(**batch).logits)
+
+
+BROKEN = dict(target_modules=[None, 3, [1], [], "(", ["nowhere"]], r=[None, "8", 0, 1.5, [8]], lora_alpha=[None, "a", [1], 0], lora_dropout=["a", 2], use_dora=["yes"], exclude_modules=["[", 1],
+              rank_pattern=[{"(": 2}, {"query": "2"}, [1]], alpha_pattern=[{"query": None}], layers_to_transform=["a", [9]], modules_to_save=["classifier", [1], ["("]], peft_type=[None, [1], "BOFT"])
+
+
+@pytest.mark.parametrize("setting, value", [(k, v) for k, values in BROKEN.items() for v in values], ids=str)
+def test_broken_settings(setting, value, tmp_path):
+    trained(lora(), tmp_path)
+    edited(tmp_path, **{setting: value})
+    with pytest.raises(BadInput) as error: load_peft(base_model(), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"peft_type": "LORA"}', '{"peft_type": "LORA", "r": 8, "lora_alpha": 8}', '{"peft_type": "IA3", "target_modules": ["key"]}',
+                                  '{"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS"}', '{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}'])
+def test_broken_files(text, tmp_path):
+    (tmp_path/"adapter_config.json").write_text(text)
+    with pytest.raises(BadInput): load_peft(base_model(), tmp_path)
+
+
+def test_prefix_of_another_encoder(tmp_path):
+    "The same numbers of values, divided among other heads."
+    trained(PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3), tmp_path)
+    edited(tmp_path, num_attention_heads=4)
+    with pytest.raises(BadInput, match="num_attention_heads is 4 in the folder, 2 in the encoder"): load_peft(base_model(), tmp_path)
+
+
+@pytest.mark.parametrize("place", ["here", "/no/such/place"])
+def test_place_of_the_encoder(place, tmp_path, monkeypatch):
+    "A relative folder becomes absolute, and an id of the Hub stays as it is."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"here").mkdir()
+    base = base_model()
+    base.config._name_or_path = place
+    save_adapter(apply_method(base, LoRA(rank=2)), LoRA(rank=2), tmp_path/"adapter", dict(checkpoint="minilm"))
+    saved = json.loads((tmp_path/"adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert saved == (str(tmp_path/"here") if place == "here" else place)
