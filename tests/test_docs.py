@@ -1,0 +1,53 @@
+"The pages of the site, as nbdev prepares them for Quarto; Quarto itself is not needed."
+import json, re, subprocess, sys
+import pytest, yaml
+from conftest import REPO
+
+SOURCES = sorted(p for p in (REPO/"nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(REPO).parts))
+
+
+def cells(notebook): return json.loads(notebook.read_text())["cells"]
+def source(cell): return "".join(cell["source"])
+def named(notebook): return str(notebook.relative_to(REPO/"nbs"))
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    "The folder of prepared pages, and what nbdev had to say."
+    command = [sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(force=True)"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return REPO/"_proc", done.stderr
+
+
+def test_cells_run_apart(prepared):
+    "nbdev runs a cell with an import whole, and no other lesson: imports stand alone."
+    assert "Found cells containing imports and other code" not in prepared[1]
+
+
+@pytest.mark.parametrize("notebook", SOURCES, ids=named)
+def test_page(prepared, notebook):
+    page = cells(prepared[0]/named(notebook))
+    front = yaml.safe_load(source(page[0]).strip().strip("-"))
+    assert front["title"] and front["description"]
+    shown = "\n".join(source(c) for c in page)
+    words = [source(c) for c in cells(notebook) if c["cell_type"] == "markdown"]
+    assert re.fullmatch(r"# .*\n\n> .*", words[0]), "title and description have a cell of their own, since nbdev drops the rest of it"
+    for text in words[1:]: assert text.split()[-1] in shown
+    if "#| default_exp" in notebook.read_text():
+        assert not any(source(c).startswith(("import ", "from ")) for c in page[:6]), "a page begins with imports: #| hide"
+    for output in [o for c in page for o in c.get("outputs", [])]:
+        text = json.dumps(output)
+        assert "__main__" not in text and "it/s]" not in text and "text/html" not in output.get("data", {})
+
+
+def test_sidebar():
+    "The index and the sidebar list every notebook, in one order."
+    def listed(contents):
+        for entry in contents:
+            if isinstance(entry, str): yield entry
+            else: yield from listed(entry["contents"])
+    sidebar = list(listed(yaml.safe_load((REPO/"nbs/_quarto.yml").read_text())["website"]["sidebar"]["contents"]))
+    text = "\n".join(source(c) for c in cells(REPO/"nbs/index.ipynb"))
+    assert ["index.ipynb", *re.findall(r"\]\(([\w/]+\.ipynb)\)", text)] == sidebar
+    assert sorted(sidebar) == sorted(map(named, SOURCES))
