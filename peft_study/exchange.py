@@ -60,7 +60,8 @@ def export_peft(folder, # of a finished run
     if isinstance(config.method, Reference):
         model, _ = load_run(folder)
         model.save_pretrained(to)
-    elif (Path(folder)/"adapter"/"adapter_config.json").is_file(): shutil.copytree(Path(folder)/"adapter", to, dirs_exist_ok=True)
+    elif (Path(folder)/"adapter"/"adapter_config.json").is_file():
+        shutil.copytree(Path(folder)/"adapter", to, dirs_exist_ok=True)
     else: raise BadInput(f"method {config.method.name!r} cannot leave for 🤗 peft: {config.method.no_peft()}")
 
 # %% ../nbs/07b_exchange.ipynb #fa4a8f17
@@ -86,7 +87,7 @@ class _LoraSettings(_Layers):
     bias: Literal["none", "lora_only"] = "none"
     rank_pattern: dict[str, PositiveInt]|None = None
     alpha_pattern: dict[str, PositiveFloat]|None = None
-    init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "eva"] = True # the others change the encoder's weights
+    init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "eva"] = True # others change the encoder's weights
 
 class _IA3Settings(_Layers):
     feedforward_modules: list[str]|str
@@ -117,13 +118,15 @@ def _settings(folder) -> tuple[str, _Settings]:
     if not file.is_file(): raise BadInput(f"{str(folder)!r} is no folder of 🤗 peft: it has no adapter_config.json")
     c = read_json(file)
     kind = c.get("peft_type")
-    if kind not in list(_kinds): raise BadInput(f"{file}: peft_type {kind!r} is not supported: use one of {', '.join(_kinds)}")
+    if kind not in list(_kinds):
+        raise BadInput(f"{file}: peft_type {kind!r} is not supported: use one of {', '.join(_kinds)}")
     try: settings = _kinds[kind](**c)
     except ValidationError as e: raise BadInput(f"{file}: {one_line(e)}") from None
     for name, value in settings.model_extra.items():
         if name in _silent or not value: continue
-        if _known_to_peft(kind, name): raise BadInput(f"{file}: {name} = {json.dumps(value)} is not supported, only that it is off")
-        warnings.warn(f"{file}: {name} = {json.dumps(value)} is not known, here or to 🤗 peft, and passed over")
+        what = f"{file}: {name} = {json.dumps(value)}"
+        if _known_to_peft(kind, name): raise BadInput(f"{what} is not supported, only that it is off")
+        warnings.warn(f"{what} is not known, here or to 🤗 peft, and passed over")
     return kind, settings
 
 # %% ../nbs/07b_exchange.ipynb #33a49606
@@ -149,7 +152,8 @@ def _targets(s:_Layers, sites:Sites) -> dict[str, list[str]]: # role → paths
     "The modules that are meant; `BadInput` if there are none."
     found = {role: [path for path in sites[role] if _is_target(s, path)] for role in ROLES}
     found = {role: paths for role, paths in found.items() if paths}
-    if not found: raise BadInput(f"target_modules {s.target_modules!r} means no linear layer of this {sites.config.model_type}")
+    if not found:
+        raise BadInput(f"target_modules {s.target_modules!r} means no linear layer of this {sites.config.model_type}")
     return found
 
 # %% ../nbs/07b_exchange.ipynb #c20b0a4a
@@ -168,8 +172,9 @@ class PeftLoRA(LoRA):
 
     def peft_config(self, sites:Sites) -> dict:
         ranks, alphas = ({re.escape(path): own[i] for path, own in self.layers.items()} for i in (0, 1))
-        return dict(peft_type="LORA", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.lora_dropout, bias=self.bias,
-                    use_rslora=self.rslora, use_dora=self.dora, target_modules=list(self.layers), rank_pattern=ranks, alpha_pattern=alphas)
+        return dict(peft_type="LORA", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.lora_dropout,
+                    use_rslora=self.rslora, use_dora=self.dora, bias=self.bias,
+                    target_modules=list(self.layers), rank_pattern=ranks, alpha_pattern=alphas)
 
     def peft_name(self, name:str) -> str:
         return super().peft_name(name.removesuffix("bias") + "base_layer.bias" if self._has_bias(name) else name)
@@ -192,7 +197,8 @@ def _of_pattern(path:str, patterns:dict|None, default):
 
 def _lora(s:_LoraSettings, sites:Sites) -> LoRA:
     targets = _targets(s, sites)
-    plain = LoRA(rank=s.r, alpha=s.lora_alpha, targets=tuple(targets), lora_dropout=s.lora_dropout, rslora=s.use_rslora, dora=s.use_dora)
+    plain = LoRA(rank=s.r, alpha=s.lora_alpha, targets=tuple(targets), lora_dropout=s.lora_dropout,
+                 rslora=s.use_rslora, dora=s.use_dora)
     layers = {path: (_of_pattern(path, s.rank_pattern, s.r), _of_pattern(path, s.alpha_pattern, s.lora_alpha))
               for paths in targets.values() for path in paths}
     everywhere = dict.fromkeys(plain.updates(sites), (s.r, s.lora_alpha))
@@ -209,9 +215,10 @@ def _ia3(s:_IA3Settings, sites:Sites) -> IA3:
 
 def _check_encoder(s:_VirtualTokens, config):
     "`BadInput` where the virtual tokens were made for another encoder."
-    for name, ours in dict(token_dim="hidden_size", num_layers="num_hidden_layers", num_attention_heads="num_attention_heads").items():
-        if getattr(s, name) not in (None, getattr(config, ours)):
-            raise BadInput(f"{name} is {getattr(s, name)} in the folder, {getattr(config, ours)} in the encoder")
+    ours = dict(token_dim=config.hidden_size, num_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads)
+    for name, value in ours.items():
+        if getattr(s, name) not in (None, value):
+            raise BadInput(f"{name} is {getattr(s, name)} in the folder, {value} in the encoder")
 
 # %% ../nbs/07b_exchange.ipynb #6ab83654
 def peft_method(folder, sites:Sites) -> Method:

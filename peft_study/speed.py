@@ -84,7 +84,8 @@ def attention(module, query, key, value, attention_mask, dropout:float=0., scali
     "What 🤗 transformers calls under the name `plain`; (batch, length, heads, width), None."
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    if not 0 < dropout < 1 or kw.get("position_bias") is not None or kw.get("is_causal"): return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
+    if not 0 < dropout < 1 or kw.get("position_bias") is not None or kw.get("is_causal"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros(attention_mask.shape, device=query.device).masked_fill_(~attention_mask, -1e4)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype

@@ -152,7 +152,8 @@ class ZeroInEvaluation(find_method("adapter")):
     def inject(self, model, sites):
         model = super().inject(model, sites)
         def plain_after(module, inputs, h): return h if module.training else inputs[0]
-        for path in sites["ffn_end"] + sites["attention_end"]: model.get_submodule(path).register_forward_hook(plain_after)
+        for path in sites["ffn_end"] + sites["attention_end"]:
+            model.get_submodule(path).register_forward_hook(plain_after)
         return model
 
 class DecayOnly(find_method("adapter")):
@@ -165,8 +166,11 @@ class DecayOnly(find_method("adapter")):
     def n_parameters(self, s): return super().n_parameters(s) + 2 * s.L * 3
 
 
-@pytest.mark.parametrize("method, why", [(SameSeed(bottleneck_size=4), "ignore the seed"), (SameWords(prompt_length=3), "ignore the seed"), (TimesZero(rank=2), "has no gradient"),
-                                         (ZeroInEvaluation(bottleneck_size=4), "makes no difference"), (DecayOnly(bottleneck_size=4), "has no gradient")], ids=lambda v: type(v).__name__)
+BROKEN = [(SameSeed(bottleneck_size=4), "ignore the seed"), (SameWords(prompt_length=3), "ignore the seed"),
+          (TimesZero(rank=2), "has no gradient"), (ZeroInEvaluation(bottleneck_size=4), "makes no difference"),
+          (DecayOnly(bottleneck_size=4), "has no gradient")]
+
+@pytest.mark.parametrize("method, why", BROKEN, ids=lambda v: type(v).__name__)
 def test_broken_promises(method, why):
     with pytest.raises(AssertionError, match=why): check_method(method, model_of("bert"))
 

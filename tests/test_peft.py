@@ -154,17 +154,28 @@ def edited(folder, **settings):
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
-def lora(**settings): return LoraConfig(**dict(task_type="SEQ_CLS", r=3, lora_alpha=6, target_modules=["query", "value"]) | settings)
+def lora(**settings):
+    return LoraConfig(**dict(task_type="SEQ_CLS", r=3, lora_alpha=6, target_modules=["query", "value"]) | settings)
+
 
 LOADS = dict(
-    rank_pattern=lora(rank_pattern={"layer.0.*query": 2, "value": 1}), alpha_pattern=lora(alpha_pattern={r"layer\.1\..*": 9}),
-    patterns_rslora=lora(rank_pattern={"query": 4}, alpha_pattern={"query": 5}, use_rslora=True), dora_one_layer=lora(use_dora=True, layers_to_transform=0),
-    layers=lora(layers_to_transform=[1], layers_pattern="layer"), one_layer_pattern=lora(target_modules=r".*layer\.1\..*(query|ffn|intermediate\.dense)"),
-    excluded=lora(exclude_modules=r".*layer\.0.*"), excluded_ends=lora(exclude_modules=["0.attention.self.query"]), bias=lora(bias="lora_only"),
-    bias_one_layer=lora(bias="lora_only", layers_to_transform=[0]), whole_paths=lora(target_modules=["bert.encoder.layer.0.output.dense", "key"]),
-    orthogonal=lora(init_lora_weights="orthogonal", r=4), no_start=lora(init_lora_weights=False), fan=lora(fan_in_fan_out=True),
-    pooler=lora(modules_to_save=["pooler"]), ia3_default=IA3Config(task_type="SEQ_CLS"),
-    ia3_odd=IA3Config(task_type="SEQ_CLS", target_modules=["query", "intermediate.dense"], feedforward_modules=["query"]),
+    rank_pattern=lora(rank_pattern={"layer.0.*query": 2, "value": 1}),
+    alpha_pattern=lora(alpha_pattern={r"layer\.1\..*": 9}),
+    patterns_rslora=lora(rank_pattern={"query": 4}, alpha_pattern={"query": 5}, use_rslora=True),
+    dora_one_layer=lora(use_dora=True, layers_to_transform=0),
+    layers=lora(layers_to_transform=[1], layers_pattern="layer"),
+    one_layer_pattern=lora(target_modules=r".*layer\.1\..*(query|ffn|intermediate\.dense)"),
+    excluded=lora(exclude_modules=r".*layer\.0.*"),
+    excluded_ends=lora(exclude_modules=["0.attention.self.query"]),
+    bias=lora(bias="lora_only"),
+    bias_one_layer=lora(bias="lora_only", layers_to_transform=[0]),
+    whole_paths=lora(target_modules=["bert.encoder.layer.0.output.dense", "key"]),
+    orthogonal=lora(init_lora_weights="orthogonal", r=4),
+    no_start=lora(init_lora_weights=False),
+    fan=lora(fan_in_fan_out=True),
+    pooler=lora(modules_to_save=["pooler"]),
+    ia3_default=IA3Config(task_type="SEQ_CLS"),
+    ia3_odd=IA3Config(task_type="SEQ_CLS", target_modules=["query", "attention.output.dense"], feedforward_modules=["query"]),
     projected=PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8),
     sampled=PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"))
 
@@ -188,9 +199,12 @@ def test_loads_modernbert(tmp_path):
     close(load_peft(base_model("modernbert"), tmp_path)(**batch).logits, theirs(**batch).logits)
 
 
-ON = dict(init_lora_weights="pissa_niter_4", bias="all", megatron_config=dict(a=1), trainable_token_indices=[1], loftq_config=dict(loftq_bits=4), corda_config=dict(a=1),
-          lora_ga_config=dict(a=1), velora_config=dict(a=1), alora_invocation_tokens=[1], use_qalora=True, monteclora_config=dict(a=1), layer_replication=[[0, 2]], lora_bias=True,
-          target_parameters=["a"], use_bdlora=dict(a=1), arrow_config=dict(a=1), kasa_config=dict(a=1), ensure_weight_tying=True, task_type="CAUSAL_LM")
+A = dict(a=1)
+ON = dict(
+    init_lora_weights="pissa_niter_4", bias="all", megatron_config=A, trainable_token_indices=[1], loftq_config=A, corda_config=A,
+    lora_ga_config=A, velora_config=A, alora_invocation_tokens=[1], use_qalora=True, monteclora_config=A, lora_bias=True,
+    layer_replication=[[0, 2]], target_parameters=["a"], use_bdlora=A, arrow_config=A, kasa_config=A, ensure_weight_tying=True,
+    task_type="CAUSAL_LM")
 
 
 @pytest.mark.parametrize("setting", ON)
@@ -200,8 +214,10 @@ def test_refused_by_name(setting, tmp_path):
     with pytest.raises(BadInput, match=setting): load_peft(base_model(), tmp_path)
 
 
-@pytest.mark.parametrize("config", [lora(), IA3Config(task_type="SEQ_CLS"), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)],
-                         ids=lambda config: config.peft_type.value)
+DEFAULTS = [lora(), IA3Config(task_type="SEQ_CLS"), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3),
+            PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)]
+
+@pytest.mark.parametrize("config", DEFAULTS, ids=lambda config: config.peft_type.value)
 def test_every_setting_of_peft_has_an_answer(config, tmp_path):
     "All defaults of the installed peft load; each setting that is not known here is refused when it is on."
     trained(config, tmp_path)
@@ -221,8 +237,11 @@ def test_a_setting_of_a_later_peft(tmp_path):
     close(ours(**batch).logits, theirs(**batch).logits)
 
 
-BROKEN = dict(target_modules=[None, 3, [1], [], "(", ["nowhere"]], r=[None, "8", 0, 1.5, [8]], lora_alpha=[None, "a", [1], 0], lora_dropout=["a", 2], use_dora=["yes"], exclude_modules=["[", 1],
-              rank_pattern=[{"(": 2}, {"query": "2"}, [1]], alpha_pattern=[{"query": None}], layers_to_transform=["a", [9]], modules_to_save=["classifier", [1], ["("]], peft_type=[None, [1], "BOFT"])
+BROKEN = dict(
+    target_modules=[None, 3, [1], [], "(", ["nowhere"]], exclude_modules=["[", 1], modules_to_save=["classifier", [1], ["("]],
+    r=[None, "8", 0, 1.5, [8]], lora_alpha=[None, "a", [1], 0], lora_dropout=["a", 2], use_dora=["yes"],
+    rank_pattern=[{"(": 2}, {"query": "2"}, [1]], alpha_pattern=[{"query": None}], layers_to_transform=["a", [9]],
+    peft_type=[None, [1], "BOFT"])
 
 
 @pytest.mark.parametrize("setting, value", [(k, v) for k, values in BROKEN.items() for v in values], ids=str)
@@ -233,8 +252,11 @@ def test_broken_settings(setting, value, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"peft_type": "LORA"}', '{"peft_type": "LORA", "r": 8, "lora_alpha": 8}', '{"peft_type": "IA3", "target_modules": ["key"]}',
-                                  '{"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS"}', '{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}'])
+CUT = ["", "[]", "{", '{"peft_type": "LORA"}', '{"peft_type": "LORA", "r": 8, "lora_alpha": 8}',
+       '{"peft_type": "IA3", "target_modules": ["key"]}', '{"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS"}',
+       '{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}']
+
+@pytest.mark.parametrize("text", CUT)
 def test_broken_files(text, tmp_path):
     (tmp_path/"adapter_config.json").write_text(text)
     with pytest.raises(BadInput): load_peft(base_model(), tmp_path)
@@ -244,7 +266,8 @@ def test_prefix_of_another_encoder(tmp_path):
     "The same numbers of values, divided among other heads."
     trained(PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3), tmp_path)
     edited(tmp_path, num_attention_heads=4)
-    with pytest.raises(BadInput, match="num_attention_heads is 4 in the folder, 2 in the encoder"): load_peft(base_model(), tmp_path)
+    with pytest.raises(BadInput, match="num_attention_heads is 4 in the folder, 2 in the encoder"):
+        load_peft(base_model(), tmp_path)
 
 
 @pytest.mark.parametrize("place", ["here", "/no/such/place"])

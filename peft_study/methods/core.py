@@ -44,7 +44,7 @@ class Method(BaseModel):
     trains_pooler: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     no_decay: ClassVar[tuple] = ()      # parts of names of added matrices that weight decay leaves alone
-    draws: ClassVar[bool] = True        # what is added starts from random values, or from constants; False: from the encoder's alone
+    draws: ClassVar[bool] = True        # begins from random values or constants; False: from the encoder's weights alone
     variants: ClassVar[tuple] = ()      # options that change what the method is, not how large it is or how it is tuned
 
     def __init__(self, /, **given):
@@ -281,7 +281,8 @@ class Reference(Method):
             warnings.simplefilter("ignore")
             return get_peft_model(model, self.official(sites))
 
-    def merge(self, model): raise BadInput(f"method {self.name!r} is merged by 🤗 peft, not here: export it for 🤗 peft, with --peft")
+    def merge(self, model):
+        raise BadInput(f"method {self.name!r} is merged by 🤗 peft, not here: export it for 🤗 peft, with --peft")
 
 # %% ../../nbs/methods/00_core.ipynb #bcc8d3c1
 def random_batch(config, batch:int=4, length:int=12, seed:int=0) -> dict:
@@ -319,7 +320,7 @@ def _check_start(method, model, ours, batch):
     return change
 
 def _added(model, method, seed:int=0) -> dict:
-    "Name → initial value, of what the method adds to a copy of `model`; copies of the encoder's own are none, nor are constants."
+    "Name → initial value, of what the method adds to a copy of `model`, but for constants and copies of the encoder's own."
     import torch
     ours = apply_method(deepcopy(model), method, seed)
     own = list(model.parameters())
@@ -327,7 +328,7 @@ def _added(model, method, seed:int=0) -> dict:
     return {n: p.detach().clone() for n, p in trainable(ours).items() if is_new(p)}
 
 def _check_seed(method, model):
-    "Initial values are the same after other random draws, and others under another seed, but for those that follow the encoder's."
+    "Initial values are the same after other random draws, and others under another seed, unless they follow the encoder's."
     import torch
     first = _added(model, method)
     torch.rand(7)
@@ -357,14 +358,15 @@ def _check_training(method, ours, batch):
 def _check_effect(method, model, ours, batch):
     "What was added makes a difference: with other values of it, the trained model has other logits."
     import torch
-    added = [p for n, p in trainable(ours).items() if n not in dict(model.named_parameters()) and "modules_to_save" not in n]
+    own = dict(model.named_parameters())
+    added = [p for n, p in trainable(ours).items() if n not in own and "modules_to_save" not in n]
     if not added: return
     logits, learned, g = _logits(ours, batch), [p.detach().clone() for p in added], torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in added: p.add_(torch.randn(p.shape, generator=g), alpha=.5)
         change = ((_logits(ours, batch) - logits).norm() / logits.norm()).item()
         for p, value in zip(added, learned): p.copy_(value)
-    assert change > 1e-6, f"what the method adds makes no difference: the logits change by {change:.2g} with its values"   # more than rounding
+    assert change > 1e-6, f"what the method adds makes no difference, but for rounding: the logits change by {change:.2g}"
 
 # %% ../../nbs/methods/00_core.ipynb #5b21798d
 def _check_saving(method, model, ours, batch):

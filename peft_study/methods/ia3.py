@@ -65,7 +65,7 @@ class IA3(Method):
 
     def n_parameters(self, s:Sizes) -> int: return s.L * (2 * s.H + s.F)
 
-    def scales(self, sites:Sites) -> dict: # module path → whether its input is scaled, and the blocks of its output that are
+    def scales(self, sites:Sites) -> dict: # module path → whether its input is scaled, and which blocks of its output
         blocks = tuple(sites.fused.index(r) for r in ("key", "value")) if sites.fused else (), len(sites.fused)
         own = {role: (role == "ffn_out", blocks if role in sites.fused else ()) for role in ("key", "value", "ffn_out")}
         return {path: own[role] for role in own for path in sites[role]}
