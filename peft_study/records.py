@@ -8,12 +8,14 @@ __all__ = ['records_folder', 'publish', 'adopt']
 # %% ../nbs/10c_records.ipynb #49586052
 import shutil
 from pathlib import Path
-from .files import BadInput, read_json, root
+from .files import BadInput, read_json, repository
 from .results import DEV_FILE, done, publish_predictions, reported, write_results
 from .runs import is_done, make_folder, write_json
 
 # %% ../nbs/10c_records.ipynb #a21d4341
-def records_folder(study:str) -> Path: return root()/"reports"/"records"/study
+def records_folder(study:str) -> Path:
+    "In the repository, or below the working folder where there is none."
+    return (repository() or Path.cwd())/"reports"/"records"/study
 
 # %% ../nbs/10c_records.ipynb #6dac35ab
 def _publish_run(folder:Path, to:Path):

@@ -11,6 +11,7 @@ __all__ = ['FINGERPRINTS', 'FIRST', 'PLACE', 'CELL', 'DEV_FILE', 'flatten', 'cho
 
 # %% ../nbs/10_results.ipynb #06cc9d41
 import hashlib, json, math, os
+from io import StringIO
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -194,7 +195,10 @@ def predictions_of(run_id:str, study_folder, split:str="dev") -> pd.DataFrame|No
     "What a run has predicted, by the index of the example: in its folder, or, for dev, in the one file that a published study has."
     study_folder, words = Path(study_folder), dict(label=str, prediction=str)
     file, published = study_folder/"runs"/run_id/"predictions"/f"{split}.tsv", study_folder/DEV_FILE
-    if file.is_file(): return pd.read_csv(file, sep="\t", dtype=words, keep_default_na=False).set_index("index")
+    if file.is_file():
+        text = StringIO(read_text(file))
+        try: return pd.read_csv(text, sep="\t", dtype=words, keep_default_na=False).set_index("index")
+        except (ValueError, KeyError) as e: raise BadInput(f"{file}: no table with a column index ({e})") from None
     if split != "dev" or not published.is_file(): return None
     rows = pd.read_parquet(published, filters=[("run_id", "==", run_id)]).drop(columns="run_id")
     return rows.astype(words).set_index("index") if len(rows) else None
