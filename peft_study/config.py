@@ -107,6 +107,8 @@ def checkpoint_fingerprint(checkpoint:str) -> str:
     if checkpoint == "minilm" or not Path(checkpoint).is_dir(): return checkpoint
     deciding = (".safetensors", ".bin", ".json", ".txt", ".model", ".bpe", ".codes", ".vocab", ".py")
     files = sorted(f for f in Path(checkpoint).iterdir() if f.suffix in deciding and f.name not in _no_matter)
+    if odd := [f.name for f in files if not f.is_file()]:   # a link to nowhere, or a folder
+        raise BadInput(f"checkpoint {checkpoint!r}: {odd[0]} is no file that can be read")
     return hashlib.sha256("".join(f.name + file_hash(f) for f in files).encode()).hexdigest()[:16]
 
 # %% ../nbs/04_config.ipynb #d7db9c3b

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
-from .files import read_text
+from .files import read_text, reason
 from .glue import STSB_RANGE, TRAIN_ROWS, BadInput, Task, get_task, splits
 from .demo import make_demo
 
@@ -254,16 +254,20 @@ def load_tokenizer(checkpoint:str):
     "The tokeniser of a checkpoint: a 🤗 id, a folder, or `minilm`; it makes token types only for encoders that tell two apart."
     from transformers import AutoConfig, AutoTokenizer
     place = minilm_folder() if checkpoint == "minilm" else checkpoint
-    try: tokenizer, config = AutoTokenizer.from_pretrained(place), AutoConfig.from_pretrained(place)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)   # which would be asked for
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as e:   # whatever a tokeniser's own code makes of its files
-        first_line = (str(e) or type(e).__name__).splitlines()[0][:200]
-        raise BadInput(f"checkpoint {checkpoint!r} has no tokeniser that can be loaded ({first_line})") from e
+        raise BadInput(f"checkpoint {checkpoint!r} has no tokeniser that can be loaded ({reason(e)})") from e
     if len(tokenizer) <= len(tokenizer.all_special_tokens):   # what transformers makes of a folder without tokeniser files
         raise BadInput(f"checkpoint {checkpoint!r} has no vocabulary: save its tokeniser into the folder as well")
     if tokenizer.pad_token_id is None:
         raise BadInput(f"checkpoint {checkpoint!r}: its tokeniser has no padding token; set pad_token and save it again")
-    if (getattr(config, "type_vocab_size", None) or 0) < 2:
-        tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
+    types = (getattr(config, "type_vocab_size", None) or 0) >= 2 and "token_type_ids" in tokenizer.model_input_names
+    names = ["input_ids", *["token_type_ids"] * types, "attention_mask"]
+    if names != tokenizer.model_input_names:
+        tokenizer.model_input_names = names
+        tokenizer.init_kwargs["model_input_names"] = names   # which is what is saved
     return tokenizer
 
 # %% ../nbs/02_data.ipynb #c895a2cb

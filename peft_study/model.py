@@ -7,12 +7,12 @@ __all__ = ['COUNT_FROM_PADDING', 'checkpoint_path', 'load_encoder_config', 'task
            'padding_index', 'check_precision', 'check_run', 'can_cache', 'init_head', 'check_loaded', 'build_model']
 
 # %% ../nbs/05_model.ipynb #a9c84b97
-import pickle, re
+import re
 from pathlib import Path
 from .config import RunConfig
 from .data import load_tokenizer, minilm_folder
 from .encoders import get_family
-from .files import is_lfs_pointer, read_json
+from .files import is_lfs_pointer, read_json, reason
 from .glue import BadInput, get_task
 from .methods.core import apply_method
 
@@ -26,13 +26,19 @@ def load_encoder_config(checkpoint:str, n_outputs:int=2):
     "The 🤗 configuration of a supported encoder; `BadInput` for what is unknown or cannot be reached."
     from transformers import AutoConfig
     own = Path(checkpoint_path(checkpoint))/"config.json"
+    if own.with_name("adapter_config.json").is_file():   # transformers would put the adapter on
+        raise BadInput(f"checkpoint {checkpoint!r} is an adapter of 🤗 peft: name the encoder that it was trained on")
     if own.is_file(): read_json(own)   # which says what is wrong with it
-    try: config = AutoConfig.from_pretrained(checkpoint_path(checkpoint), num_labels=n_outputs)
+    try: config = AutoConfig.from_pretrained(checkpoint_path(checkpoint), num_labels=n_outputs, trust_remote_code=False)
     except Exception as e:   # whatever a configuration's own checks raise
-        if own.is_file(): raise BadInput(f"checkpoint {checkpoint!r}: its config.json cannot be used ({' '.join(str(e).split())[:200]})") from e
+        if own.is_file():
+            raise BadInput(f"checkpoint {checkpoint!r}: its config.json cannot be used ({reason(e)})") from e
         raise BadInput(f"checkpoint {checkpoint!r} cannot be loaded: it is no folder with a config.json, and the 🤗 Hub does not "
                        "give it (no such id, or no network); 'minilm' needs neither") from e
     get_family(config)
+    for name, what in (("is_decoder", "a decoder"), ("quantization_config", "quantised")):
+        if getattr(config, name, None):
+            raise BadInput(f"checkpoint {checkpoint!r} is {what}, by {name} in its config.json")
     return config
 
 def task_config(config:RunConfig):
@@ -66,6 +72,13 @@ def check_tokenizer(checkpoint:str, encoder):
     words = max(tokenizer.get_vocab().values()) + 1
     if words > encoder.vocab_size:
         raise BadInput(f"checkpoint {checkpoint!r}: its tokeniser has {words:,} tokens, its encoder embeddings for {encoder.vocab_size:,}")
+    its = f"checkpoint {checkpoint!r}: its tokeniser"
+    if not tokenizer.num_special_tokens_to_add(pair=True):
+        raise BadInput(f"{its} puts no tokens around and between two sentences, as encoders need")
+    try: tried = tokenizer("⌘", "⌘")   # a character that is in few vocabularies
+    except Exception as e: raise BadInput(f"{its} fails at an unknown character ({reason(e)})") from e
+    if (types := max(tried.get("token_type_ids", [0])) + 1) > max(getattr(encoder, "type_vocab_size", 1), 1):
+        raise BadInput(f"{its} tells {types} token types apart, its encoder {encoder.type_vocab_size}")
     if encoder.model_type in COUNT_FROM_PADDING and tokenizer.pad_token_id != padding_index(encoder):
         raise BadInput(f"checkpoint {checkpoint!r}: its tokeniser pads with {tokenizer.pad_token_id}, its encoder counts positions "
                        f"from padding {padding_index(encoder)}")
@@ -114,9 +127,15 @@ def init_head(model, seed:int):
                 else: p.normal_(std=getattr(model.config, "initializer_range", .02), generator=generator)
 
 # %% ../nbs/05_model.ipynb #f90e5220
-def check_loaded(checkpoint:str, family, found:dict # of transformers' loading
+def _of_pretraining(encoder, name:str) -> bool:
+    "Whether a weight served pre-training alone: absolute positions, differences of embeddings of DeBERTas."
+    if encoder.model_type != "deberta-v2" or ".embeddings." not in name: return False
+    return name.endswith("._weight") or (".position_embeddings." in name and not encoder.position_biased_input)
+
+def check_loaded(checkpoint:str, encoder, found:dict # of transformers' loading
                 ):
     "`BadInput` where weights of the encoder are missing, of another shape, or not used; the new pooler is said."
+    family = get_family(encoder)
     new = (*family.head, *[family.pooler] * bool(family.pooler))
     body = family.encoder.split(".")[0]   # of the encoder: `bert`
     def listed(names): return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -126,7 +145,7 @@ def check_loaded(checkpoint:str, family, found:dict # of transformers' loading
     reshaped = {n for n, *_ in found["mismatched_keys"] if not is_new(n)}
     if reshaped: raise BadInput(f"checkpoint {checkpoint!r} has weights of another shape: {listed(reshaped)}")
     part = re.compile(rf"({body}\.)?(embeddings|encoder|transformer|layers?)\.(?!(position|token_type)_ids)")   # these are buffers
-    unused = {n for n in found["unexpected_keys"] if part.match(n)}
+    unused = {n for n in found["unexpected_keys"] if part.match(n) and not _of_pretraining(encoder, n)}
     if unused: raise BadInput(f"checkpoint {checkpoint!r} has weights that its config.json has no place for: {listed(unused)}")
     if family.pooler and any(n.startswith(family.pooler + ".") for n in found["missing_keys"]):
         print(f"{checkpoint} has no pooler: it starts from random values")
@@ -135,7 +154,6 @@ def check_loaded(checkpoint:str, family, found:dict # of transformers' loading
 def build_model(config:RunConfig):
     "The pre-trained encoder with a fresh head and the run's method: frozen but for what learns, in fp32 on the CPU."
     import torch, transformers
-    from safetensors import SafetensorError
     encoder = check_run(config)
     transformers.logging.set_verbosity_error()   # the new head is no news
     transformers.utils.logging.disable_progress_bar()
@@ -145,9 +163,9 @@ def build_model(config:RunConfig):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)   # for what the checkpoint lacks besides the head: a masked language model has no pooler
             model, found = load(checkpoint_path(config.checkpoint), **own)
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as e:
-        raise BadInput(f"checkpoint {config.checkpoint!r}: {str(e).splitlines()[0]}") from e
-    check_loaded(config.checkpoint, get_family(encoder), found)
+    except Exception as e:   # whatever transformers makes of the folder's files
+        raise BadInput(f"checkpoint {config.checkpoint!r} cannot be loaded ({reason(e)})") from e
+    check_loaded(config.checkpoint, encoder, found)
     init_head(model, config.seed)
     model = apply_method(model, config.method, config.seed, config.train_pooler)
     model.run_config = config
