@@ -119,7 +119,7 @@ def test_run_twice_and_again(command, tmp_path):
     assert code == 0 and f"score      {result['score']:.6f}" in out
     code, out, err = command("list", outputs=tmp_path/"a")
     assert code == 0 and "done" in out and a.name in out
-    assert (tmp_path/"a/adhoc/results.csv").read_text().splitlines()[1].startswith(f"{a.name},done,False,")
+    assert (tmp_path/"a/adhoc/results.csv").read_text().splitlines()[1].startswith(f"{a.name},done,single,False,")
 
 
 def test_own_method(command, tmp_path):
