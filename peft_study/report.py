@@ -128,7 +128,10 @@ def main_table(table, trace:Trace, examples:DevExamples, name:str="tbl-main") ->
             return trace.cell(name, named(place, label), f"**{text}**" if label == marks.top(place) else text, runs)
         constant = at_place(ground, place).constant.iloc[0]
         rows.append([title, "/".join(metric_names(task)), percent(constant), written("head"), *map(written, columns)])
-    return markdown_table(["task", "metric", "constant", "linear probe", *columns], rows, right=2)
+    header = ["task", "metric", "constant", "linear probe", *columns]
+    if len(columns) <= 6: return markdown_table(header, rows, right=2)
+    header, *rows = zip(header, *rows)   # many methods: a row each, since a page is not wide enough for a column each
+    return markdown_table(header, rows)
 
 # %% ../nbs/11b_report.ipynb #3e7025fb
 def size_table(table, trace:Trace, examples:DevExamples, name:str="tbl-sizes") -> str:
