@@ -111,6 +111,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'peft_study.data._label': ('data.html#_label', 'peft_study/data.py'),
                                  'peft_study.data._parse_tsv': ('data.html#_parse_tsv', 'peft_study/data.py'),
                                  'peft_study.data._rows': ('data.html#_rows', 'peft_study/data.py'),
+                                 'peft_study.data._take_header': ('data.html#_take_header', 'peft_study/data.py'),
                                  'peft_study.data.bad_rows': ('data.html#bad_rows', 'peft_study/data.py'),
                                  'peft_study.data.check_data': ('data.html#check_data', 'peft_study/data.py'),
                                  'peft_study.data.check_source': ('data.html#check_source', 'peft_study/data.py'),

@@ -30,6 +30,14 @@ class Example(NamedTuple):
 # %% ../nbs/02_data.ipynb #e8820a97
 _headers = {("CoLA", split): ["source", "label", "mark", "sentence"] for split in ("train", "dev")}
 
+def _take_header(task, split, rows) -> list[str]:
+    "The names of the columns, taken from `rows` but for files that have none; pandas gives these names, or numbers."
+    names = _headers.get((task.folder, split))
+    if not names: return rows.pop(0)
+    n = len(names)
+    if rows[0][-n:] not in (names, [str(i) for i in range(n)]): return names
+    return rows.pop(0)[:-n] + names
+
 # %% ../nbs/02_data.ipynb #f08a1096
 def _label(task, word, where):
     "The class or score that `word` stands for."
@@ -58,12 +66,14 @@ def _rows(file) -> list[list[str]]:
 def _parse_tsv(task:Task, split:str, folder): # an Example a row, or what is wrong with it
     info = splits(task)[split]
     rows = _rows(Path(folder)/info.file)
-    header = _headers.get((task.folder, split))
-    first = 1 if header else 2     # the line number of the first example
-    header = header or rows.pop(0)
+    lines = len(rows)
+    header = _take_header(task, split, rows)
+    first = 1 + lines - len(rows)   # the line number of the first example
     wanted = [*task.tsv_columns, *([task.tsv_label] if info.labelled else [])]
     if missing := [c for c in wanted if c not in header]:
         raise BadInput(f"{info.file}: no column {missing[0]!r} in its header ({', '.join(header)[:200]})")
+    if twice := [c for c in wanted if header.count(c) > 1]:
+        raise BadInput(f"{info.file}: two columns {twice[0]!r} in its header")
     at = [header.index(c) for c in wanted]
     own_index = None if info.labelled else next((header.index(c) for c in ("index", "id") if c in header), None)
     n = len(task.tsv_columns)
