@@ -37,6 +37,7 @@ def check_page(folder):
     page, runs = Page((folder/"report.html").read_text()), Page((folder/"runs.html").read_text())
     assert not unresolved(page) and "Traceback" not in page.text and "#| label" not in page.text and "nan" not in page.text.split()
     assert "🤗" not in page.text and "data:image/png" not in (folder/"report.html").read_text()
+    assert not re.search(r"(?<![\w-])-\.?\d", page.text)   # minus signs are minus signs
     assert len(page.alts) >= 4 and all(page.alts)   # pictures say what they show
     for link in page.links:
         if link.startswith("#"): assert link[1:] in page.ids, link
