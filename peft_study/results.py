@@ -426,7 +426,7 @@ def disagreements(a, b, # run folders of one task
     task = get_task(configs[0].task_name)
     if configs[1].task_name != task.name: raise BadInput(f"runs of two tasks: {task.name} and {configs[1].task_name}")
     both = _both(a, b, split)
-    examples = read_split(task, split, configs[0].data)
+    examples = {e.index: e for e in read_split(task, split, configs[0].data)}
     both.insert(0, "text", [" ¶ ".join(filter(None, (examples[i].a, examples[i].b))) for i in both.index])
     if not task.regression: return both[both.prediction != both.prediction_b]
     difference = (both.prediction.astype(float) - both.prediction_b.astype(float)).abs()

@@ -15,7 +15,7 @@ from .files import read_text
 from .glue import METRICS, SUBMISSION_ROWS, TASKS, BadInput, get_task, score, splits, to_word
 from .predict import decide, predict_split
 from .results import best_runs, load_runs
-from .runs import write_atomic, write_json
+from .runs import read_config, write_atomic, write_json
 
 # %% ../nbs/10b_submission.ipynb #7587b13d
 def choose(table, method:str|None=None) -> dict: # task → row of the table
@@ -46,7 +46,7 @@ def answers(task, split:str, run, folder) -> list[str]:
 # %% ../nbs/10b_submission.ipynb #a4752e50
 def majority(task, data:str) -> str:
     "The most frequent training label, or the mean; the first of the task's labels where `data` has no training set."
-    try: labels = pd.Series([e.label for e in read_split(task, "train", data)])
+    try: labels = pd.Series([e.label for e in read_split(task, "train", data, skip=10**9)])
     except BadInput: return to_word(task, 2.5 if task.regression else 0)
     return to_word(task, labels.mean() if task.regression else labels.mode()[0])
 
@@ -58,6 +58,8 @@ def submit(study:str, outputs="outputs",
     "Make the GLUE submission of a study's best runs; `BadInput` names what is missing."
     chosen = choose(load_runs(study, outputs), method)
     if not chosen: raise BadInput(f"study {study!r} has no finished run")
+    runs = {t: Path(outputs)/study/"runs"/run.run_id for t, run in chosen.items()}
+    for t, run in chosen.items(): run["data"] = read_config(runs[t]).data   # where it lies, seen from here
     sources = {s.submission: (t, s.name, run if (run := chosen.get(t.name)) is not None and has_split(t, s.name, run.data) else None)
                for t in TASKS.values() for s in splits(t).values() if s.submission}
     missing = [f"{file} ({'no test file' if t.name in chosen else 'no run'})" for file, (t, _, run) in sources.items() if run is None]
@@ -69,7 +71,7 @@ def submit(study:str, outputs="outputs",
             word = majority(task, data)
             files[file], manifest[file] = ["index\tprediction", *(f"{i}\t{word}" for i in range(SUBMISSION_ROWS[file]))], dict(filled=word, rows=SUBMISSION_ROWS[file])
         else:
-            files[file] = answers(task, split, run, Path(outputs)/study/"runs"/run.run_id)
+            files[file] = answers(task, split, run, runs[task.name])
             manifest[file] = dict(run_id=run.run_id, method=run.label, dev_score=float(run.score), selection=float(run.selection),
                                   tried=int(run.tried), runs=int(run.runs), rows=len(files[file]) - 1)
     return _write(Path(outputs)/study/"submission"/(method or "best").replace(":", "_"), files, dict(study=study, method=method or "best of all", synthetic=data == "demo", files=manifest))

@@ -1,0 +1,68 @@
+"GLUE folders as people have them: with a relative path, broken rows, or a test file that numbers its rows itself."
+import os, shutil
+from contextlib import chdir
+import pytest
+from peft_study.config import RunConfig
+from peft_study.predict import evaluate
+from peft_study.results import disagreements
+from peft_study.runs import read_result, run_folder
+from peft_study.submission import submit
+from peft_study.train import train
+
+WHAT, HOW = ("film", "story", "cast", "end"), ("fine", "dull", "new", "old")
+SENTENCES = [f"the {what} is {how}" for what in WHAT for how in HOW]
+
+
+def write(folder, name, header, rows):
+    file = folder/name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(["\t".join(header), *("\t".join(map(str, row)) for row in rows)]) + "\n")
+
+
+def sst2(folder):
+    for name in ("train", "dev"):
+        write(folder, f"SST-2/{name}.tsv", ["sentence", "label"], [(s, i % 2) for i, s in enumerate(SENTENCES)])
+    numbers = reversed(range(len(SENTENCES)))
+    write(folder, "SST-2/test.tsv", ["index", "sentence"], list(zip(numbers, SENTENCES)))
+
+
+def test_relative_path_seen_from_elsewhere(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_study.submission.SUBMISSION_ROWS", {"SST-2.tsv": 16} | {n: 2 for n in OTHERS})
+    (tmp_path/"here").mkdir()
+    sst2(tmp_path/"glue")
+    checkpoint = os.path.relpath(tiny, tmp_path/"here")
+    config = RunConfig(task_name="sst2", data="../glue", checkpoint=checkpoint, method="head", n_epochs=1, max_length=16)
+    with chdir(tmp_path/"here"):
+        train([config], tmp_path/"o")
+        folder = run_folder(config, tmp_path/"o")
+    (tmp_path/"away"/"deeper").mkdir(parents=True)
+    with chdir(tmp_path/"away"/"deeper"):
+        scores = read_result(folder)["dev"]["last"]
+        assert evaluate(folder) == pytest.approx({k: v for k, v in scores.items() if k != "epoch"})
+        submit("adhoc", tmp_path/"o", fill=True)
+        lines = (tmp_path/"o/adhoc/submission/best/SST-2.tsv").read_text().splitlines()
+        assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in reversed(range(16))]
+        shutil.copytree(folder, other := folder.with_name("other"))
+        (other/"predictions/test.tsv").write_text("\n".join([lines[0], *(f"{i}\tneither" for i in range(16))]) + "\n")
+        texts = disagreements(folder, other, "test").text
+        assert len(texts) == 16 and all(text == SENTENCES[15 - i] for i, text in texts.items())
+
+
+OTHERS = [f"{n}.tsv" for n in "CoLA MRPC STS-B QQP MNLI-m MNLI-mm QNLI RTE WNLI AX".split()]
+
+
+def test_rows_left_out_are_counted(command, tiny, tmp_path):
+    columns = "id qid1 qid2 question1 question2 is_duplicate".split()
+    rows = [(i, 1, 2, s, "is it?", i % 2) for i, s in enumerate(SENTENCES)]
+    for name in ("train", "dev"): write(tmp_path/"glue", f"QQP/{name}.tsv", columns, rows)
+    file = tmp_path/"glue/QQP/train.tsv"
+    lines = file.read_text().splitlines()
+    lines[5] = '"\tWas this person real?\t0'
+    file.write_text("\n".join(lines) + "\n")
+    flags = f"--task qqp --data {tmp_path}/glue --checkpoint {tiny} --method head --epochs 1 --max-length 16".split()
+    code, out, err = command("run", *flags)
+    assert code == 2 and "QQP/train.tsv line 6: 3 columns, expected 6" in err and "skip_bad_rows = N" in err
+    code, out, err = command("run", *flags, "--skip-bad-rows", 1)
+    assert code == 0, err
+    folder, = (tmp_path/"outputs/adhoc/runs").iterdir()
+    assert read_result(folder)["examples"] == dict(train=15, dev=16, skipped=1)
