@@ -206,7 +206,9 @@ def predictions_of(run_id:str, study_folder, split:str="dev") -> pd.DataFrame|No
 def publish_predictions(table, study_folder):
     "Write the dev predictions of these runs into the one file of a published study."
     found = {run_id: predictions_of(run_id, study_folder) for run_id in table.run_id}
-    rows = pd.concat({run_id: rows for run_id, rows in found.items() if rows is not None}, names=["run_id"]).reset_index()
+    found = {run_id: rows for run_id, rows in found.items() if rows is not None}
+    if not found: return
+    rows = pd.concat(found, names=["run_id"]).reset_index()
     rows = rows.astype(dict(run_id="category", prediction="category", label="category"))
     write_atomic(Path(study_folder)/DEV_FILE, lambda f: rows.to_parquet(f, compression="zstd", index=False))
 

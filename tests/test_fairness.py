@@ -153,3 +153,28 @@ def test_several_data_sets_are_no_submission(tmp_path):
     for seed, data in ((0, "demo"), (1, "hub")): run_folder(tmp_path, .8, method="lora", seed=seed, data=data)
     with pytest.raises(BadInput, match="the runs of rte are on several data sets, whose scores do not compare: demo, hub"):
         choose(load_runs("made_up", tmp_path))
+
+
+def test_more_tries_win_nothing():
+    "Two methods without a difference, of which one has 16 configurations to choose from and the other two, in 120 places."
+    from peft_study.results import as_table, made_up
+    rng, rows = np.random.default_rng(0), []
+    bases = dict(lora=made_up("lora", .8, tune_share=.1), bitfit=made_up("bitfit", .8, tune_share=.1))
+    def add(place, method, lr, seed):
+        settings = dict(checkpoint=f"encoder-{place}", lr=float(lr), seed=seed)
+        dev, tune = rng.normal(.8, .02, 2)   # every configuration is equally good
+        config = bases[method]["config"] | settings
+        rows.append(bases[method] | settings | dict(run_id=f"{place}-{method}-{lr}-{seed}", score=dev, tune_last_score=tune, config=config))
+        return tune
+    for place in range(120):
+        for method, tried in (("bitfit", 2), ("lora", 16)):
+            best = np.argmax([add(place, method, lr, 0) for lr in range(tried)])
+            for seed in (1, 2, 3, 4, 5): add(place, method, best, seed)
+    table = as_table(rows, final_seeds=[1, 2, 3, 4, 5])
+    assert set(table.stage) == {"tune", "final"} and set(cell_means(table).tried) == {2, 16}
+    found = compare(table, "bitfit")
+    assert len(found) == 120 and (found.n == 5).all()
+    assert (found.p <= .05).mean() <= .05 + 3 * (.05 * .95 / 120)**.5 and .36 < (found.difference > 0).mean() < .64   # at most 6%: the lesson
+    grid = table[table.stage == "tune"]
+    on_dev = grid.groupby(["encoder", "method"]).score.max().unstack()   # the usual way: what is best on dev, of dev
+    assert (on_dev.lora > on_dev.bitfit).mean() > .8
