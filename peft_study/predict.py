@@ -7,12 +7,12 @@ __all__ = ['logits_of', 'decide', 'write_predictions', 'load_run', 'predict_spli
 
 # %% ../nbs/07_predict.ipynb #fadb35c4
 from pathlib import Path
-from .config import RunConfig
+from .config import RunConfig, checkpoint_fingerprint
 from .data import collate, eval_batches, load_tokenizer, read_split, tokenise
 from .glue import BadInput, Task, get_task, score, splits, to_word
 from .methods.core import load_adapter
 from .model import build_model
-from .runs import is_done, read_config
+from .runs import is_done, read_config, read_result
 from .speed import speed_up
 
 # %% ../nbs/07_predict.ipynb #4ab92ff9
@@ -61,6 +61,9 @@ def load_run(folder # of a finished run
     "The trained model of a run folder."
     config = read_config(folder)
     if not is_done(folder): raise BadInput(f"{str(folder)!r} is not finished: run it first")
+    trained_on = read_result(folder).get("provenance", {}).get("checkpoint_fingerprint")
+    if Path(config.checkpoint).is_dir() and trained_on not in (None, checkpoint_fingerprint(config.checkpoint)):
+        raise BadInput(f"checkpoint {config.checkpoint!r} has changed since {Path(folder).name} was trained on it")
     model = build_model(config)
     load_adapter(model, config.method, Path(folder)/"adapter")
     return model.eval(), config

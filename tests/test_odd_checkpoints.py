@@ -7,6 +7,9 @@ from peft_study.config import RunConfig
 from peft_study.data import Example, collate, load_tokenizer, tokenise
 from peft_study.glue import BadInput
 from peft_study.model import build_model
+from peft_study.predict import load_run
+from peft_study.runs import run_folder
+from peft_study.train import train
 
 
 @pytest.fixture
@@ -155,3 +158,13 @@ def test_published_debertas_load(tmp_path, capsys):
     change(tmp_path/"config.json", position_biased_input=False)
     with_weights(tmp_path, weights | {"deberta.encoder.conv.conv.weight": torch.ones(2, 2)})
     refused(tmp_path, "no place for: deberta.encoder.conv.conv.weight", max_length=64)
+
+
+def test_a_run_does_not_go_on_another_encoder(odd, tmp_path):
+    config = RunConfig(task_name="cola", data="demo", checkpoint=str(odd), method="head", n_epochs=1, max_length=16,
+                       max_train_examples=16, max_eval_examples=8)
+    train([config], tmp_path/"o")
+    folder = run_folder(config, tmp_path/"o")
+    load_run(folder)
+    with_weights(odd, {n: 2 * w for n, w in load_file(odd/"model.safetensors").items()})
+    with pytest.raises(BadInput, match="has changed since cola-head"): load_run(folder)
