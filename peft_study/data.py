@@ -220,8 +220,10 @@ def data_fingerprint(task:Task, data:str) -> str:
 
 # %% ../nbs/02_data.ipynb #f9c69bca
 def tokenizer_fingerprint(tokenizer) -> str:
-    "Names all that decides a tokeniser's tokens: its class, its files, and how it is set."
-    key = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side, tokenizer.padding_side, tokenizer.pad_token_id]
+    "Names all that decides a tokeniser's tokens: its class, its files, how it is set, and whose code it is."
+    import tokenizers, transformers
+    key = [tokenizers.__version__, transformers.__version__, type(tokenizer).__name__, tokenizer.model_input_names,
+           tokenizer.truncation_side, tokenizer.padding_side, tokenizer.pad_token_id]
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = sorted(f for f in Path(folder).rglob("*") if f.is_file())

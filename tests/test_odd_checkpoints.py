@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from peft_study.config import RunConfig
-from peft_study.data import Example, collate, load_tokenizer, tokenise
+from peft_study.data import Example, collate, load_tokenizer, tokenise, tokenizer_fingerprint
 from peft_study.glue import BadInput
 from peft_study.model import build_model
 from peft_study.predict import load_run
@@ -96,6 +96,15 @@ def test_padding_is_never_attended_to(odd, names):
     tokenizer, rows = load_tokenizer(str(odd)), [Example(0, "a very fine film", None, 0), Example(1, "dull", None, 1)]
     batch = collate(tokenise(rows, tokenizer)[:], tokenizer.pad_token_id)
     assert batch["attention_mask"].tolist()[1] == [1, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("library", ["transformers", "tokenizers"])
+def test_another_version_tokenises_anew(library, monkeypatch):
+    tokenizer = load_tokenizer("minilm")
+    before = tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(load_tokenizer("minilm")) == before
+    monkeypatch.setattr(f"{library}.__version__", "99")
+    assert tokenizer_fingerprint(tokenizer) != before
 
 
 def own_tokenizer(folder, words, single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", **settings):
