@@ -53,7 +53,7 @@ def test_bad_flag(command, tmp_path, flags, message):
 @pytest.mark.parametrize("files, message", [
     (dict(train=with_last_row("1\tIt rains.\tentailment")), "RTE/train.tsv line 3: 3 columns, expected 4"),
     (dict(train=with_last_row("1\tIt rains.\tIt snows.\tperhaps")), "RTE/train.tsv line 3: unknown label 'perhaps', expected one of entailment, not_entailment"),
-    (dict(dev=with_last_row("")), "RTE/dev.tsv line 3: 1 columns, expected 4"),
+    (dict(dev=with_last_row("\n2\tIt rains.\tIt snows.\tentailment")), "RTE/dev.tsv line 3: 1 columns, expected 4"),
     (dict(test="index\tsentence1\n0\tIt rains.\n"), "RTE/test.tsv: no column 'sentence2' in its header"),
     (dict(train=None), "RTE/train.tsv is missing; RTE needs its train and dev files"),
     (dict(dev=None), "RTE/dev.tsv is missing"),
