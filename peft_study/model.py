@@ -39,6 +39,8 @@ def load_encoder_config(checkpoint:str, n_outputs:int=2):
     for name, what in (("is_decoder", "a decoder"), ("quantization_config", "quantised")):
         if getattr(config, name, None):
             raise BadInput(f"checkpoint {checkpoint!r} is {what}, by {name} in its config.json")
+    plain = dict(return_dict=True, output_attentions=False, output_hidden_states=False, chunk_size_feed_forward=0)
+    for name, value in plain.items(): setattr(config, name, value)   # what is handed out, not what is computed
     return config
 
 def task_config(config:RunConfig):

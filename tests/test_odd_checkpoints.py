@@ -85,6 +85,15 @@ def test_configurations(odd, values, part, monkeypatch):
     refused(odd, part)
 
 
+@pytest.mark.parametrize("name, value", [("return_dict", False), ("output_attentions", True), ("output_hidden_states", True),
+                                         ("chunk_size_feed_forward", 4)])
+def test_what_another_use_has_left_in_the_configuration(odd, tiny, name, value):
+    tokens = load_tokenizer("minilm")("a film", "a story", return_tensors="pt")
+    wanted = build(tiny).eval()(**tokens).logits
+    change(odd/"config.json", **{name: value})
+    assert torch.equal(build(odd).eval()(**tokens).logits, wanted)
+
+
 def test_adapter_of_peft_beside_the_weights(odd):
     (odd/"adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", r=2, target_modules=["query"])))
     refused(odd, "is an adapter of 🤗 peft")
