@@ -78,7 +78,9 @@ def predict_split(folder,          # of a finished run
     import torch
     model, config = load_run(folder)
     tokenizer = load_tokenizer(config.checkpoint)
-    rows = tokenise(read_split(get_task(config.task_name), split, data or config.data)[:limit], tokenizer, config.max_length)
+    skip = config.skip_bad_rows if split == "train" else 0
+    examples = read_split(get_task(config.task_name), split, data or config.data, skip)[:limit]
+    rows = tokenise(examples, tokenizer, config.max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     speed_up(model.to(device), config.precision, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):

@@ -85,8 +85,8 @@ def test_configurations(odd, values, part, monkeypatch):
     refused(odd, part)
 
 
-@pytest.mark.parametrize("name, value", [("return_dict", False), ("output_attentions", True), ("output_hidden_states", True),
-                                         ("chunk_size_feed_forward", 4)])
+@pytest.mark.parametrize("name, value", [("return_dict", False), ("output_attentions", True),
+                                         ("output_hidden_states", True), ("chunk_size_feed_forward", 4)])
 def test_what_another_use_has_left_in_the_configuration(odd, tiny, name, value):
     tokens = load_tokenizer("minilm")("a film", "a story", return_tensors="pt")
     wanted = build(tiny).eval()(**tokens).logits
@@ -184,5 +184,8 @@ def test_a_run_does_not_go_on_another_encoder(odd, tmp_path):
     train([config], tmp_path/"o")
     folder = run_folder(config, tmp_path/"o")
     load_run(folder)
+    adapter = folder/"adapter/adapter_model.safetensors"
+    adapter.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n")
+    with pytest.raises(BadInput, match="git lfs pull"): load_run(folder)
     with_weights(odd, {n: 2 * w for n, w in load_file(odd/"model.safetensors").items()})
     with pytest.raises(BadInput, match="has changed since cola-head"): load_run(folder)

@@ -66,3 +66,4 @@ def test_rows_left_out_are_counted(command, tiny, tmp_path):
     assert code == 0, err
     folder, = (tmp_path/"outputs/adhoc/runs").iterdir()
     assert read_result(folder)["examples"] == dict(train=15, dev=16, skipped=1)
+    assert 0 <= evaluate(folder, "train")["accuracy"] <= 1

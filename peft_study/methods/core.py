@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ..encoders import ROLES, Sites, Sizes, get_family, get_sizes, head_parameters, pooler_parameters
-from ..files import read_json
+from ..files import is_lfs_pointer, read_json
 from ..glue import BadInput
 
 # %% ../../nbs/methods/00_core.ipynb #cd88e940
@@ -253,6 +253,7 @@ def load_adapter(model,   # that `apply_method` made
     from safetensors.torch import load_file
     file = Path(folder)/WEIGHTS
     if not file.is_file(): raise BadInput(f"{file} is missing")
+    if is_lfs_pointer(file): raise BadInput(f"{file} is a pointer of Git LFS; fetch the file itself with git lfs pull")
     try: state = load_file(file)
     except SafetensorError as e: raise BadInput(f"{file} cannot be read: {e}") from None
     method.ready_to_load(model)
