@@ -7,7 +7,7 @@ __all__ = ['RunConfig', 'best_precision', 'checkpoint_fingerprint', 'words', 'St
            'unequal_budgets']
 
 # %% ../nbs/04_config.ipynb #7c9e54a9
-import hashlib, json, re
+import hashlib, json, os, re
 from configparser import ConfigParser, Error as IniError
 from dataclasses import dataclass, replace
 from itertools import product
@@ -69,6 +69,8 @@ class RunConfig(RunConfig):
     @model_validator(mode="before")
     def gather(cls, given):
         given = {k: None if v == "none" else v for k, v in given.items()}
+        for name in ("data", "checkpoint"):   # a settings file has no shell that would do this
+            if isinstance(given.get(name), str): given[name] = os.path.expandvars(os.path.expanduser(given[name]))
         if isinstance(name := given.get("method"), str):
             method = find_method(name)
             given["method"] = method(**{k: given.pop(k) for k in list(given) if k in method.model_fields})
