@@ -81,7 +81,7 @@ def test_whatever_stands_around(installed, tiny, tmp_path):
 def test_a_flag_may_have_spaces(tmp_path):
     folder = tmp_path/"My Drive"
     folder.mkdir()
-    def data(text): return sorted({c.data for c in read_study("mrpc", REPO/"settings.ini", dict(data=text, seed="0 1")).configs})
+    def data(text): return sorted({c.data for c in read_study("demo", REPO/"settings.ini", dict(data=text, seed="0 1")).configs})
     assert data(str(folder)) == [str(folder)] and data("demo hub") == ["demo", "hub"]
     assert data(f'demo "{folder}/not there"') == [f"{folder}/not there", "demo"]
 

@@ -1,5 +1,6 @@
 "Declared studies as their users meet them: bad input, dry runs, a submission of real data, the notebook to explore them."
 import json, os, zipfile
+import pandas as pd
 import pytest
 from conftest import REPO
 from peft_study.config import read_study, unequal_budgets
@@ -108,3 +109,18 @@ def test_explore(study, undisturbed, tmp_path):
     assert text.count("image/png") == 2 and "examples" in text and all(name in text for name in undisturbed)
     assert "lora-r2" in json.dumps(explore(where="method == 'lora'").cells)
     with pytest.raises(PapermillExecutionError, match="no study 'nine'"): explore(study="nine")
+
+
+def test_the_demo_teaches():
+    "Its record: the runs of settings.ini, and every size of every method far above the majority class and the linear probe."
+    runs = pd.read_csv(REPO/"reports/records/demo/results.csv")
+    study = read_study("demo", REPO/"settings.ini", auto=runs.precision[0])
+    assert sorted(runs.run_id) == sorted(c.run_id for c in study.configs)
+    majority = dict(cola=0., sst2=.5)   # Matthews correlation, accuracy
+    for task, of_task in runs.groupby("task_name"):
+        probe = of_task[of_task.method == "head"].score.mean()
+        assert probe > majority[task]
+        for (method, size), cell in of_task[of_task.method != "head"].groupby(["method", "size"]):
+            assert cell.seed.nunique() >= 3 and cell.score.mean() > probe + .15, (task, method, size)
+    sizes = runs.groupby("method")["size"].nunique()
+    assert sizes["adapter"] >= 3 and sizes["lora"] >= 3 and sizes["full"] == 1
