@@ -28,6 +28,7 @@ class Failed(Exception):
 # %% ../nbs/12_cli.ipynb #14cd793c
 def main():
     "What the console script calls."
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")   # it tidies up after killed processes, which is no news
     debug = "--debug" in sys.argv
     if debug: sys.argv.remove("--debug")
     try:
