@@ -248,7 +248,8 @@ def grid(self:Study) -> tuple[RunConfig, ...]:
 @patch(as_prop=True)
 def cell(self:RunConfig) -> tuple:
     "What a run is compared as: task, encoder, data, method with its variant, size."
-    return self.task_name, self.checkpoint, self.data, self.method.label, self.method.size
+    data = f"{self.data}[:{self.max_train_examples}]" if self.max_train_examples else self.data
+    return self.task_name, self.checkpoint, data, self.method.label, self.method.size
 
 @patch(as_prop=True)
 def cells(self:Study) -> dict: # cell → its runs of the grid

@@ -9,7 +9,7 @@ __all__ = ['records_folder', 'publish', 'adopt']
 import shutil
 from pathlib import Path
 from .files import BadInput, read_json, repository
-from .results import DEV_FILE, done, publish_predictions, reported, write_results
+from .results import DEV_FILE, done, predictions_of, publish_predictions, reported, write_results
 from .runs import is_done, make_folder, write_json
 
 # %% ../nbs/10c_records.ipynb #a21d4341
@@ -26,8 +26,9 @@ def _publish_run(folder:Path, to:Path):
 def publish(study:str, outputs="outputs",
             to=None # default: `records_folder`
            ) -> Path:
-    "Copy what readers need of a study's finished runs; runs that were published before and are not here stay."
+    "Copy what readers need of a study's finished runs, of those that were published before as well."
     source, to = Path(outputs)/study, Path(to or records_folder(study))
+    adopt(study, outputs, to)   # so that table and predictions are of all runs that are published
     table = write_results(study, outputs)
     if done(table).empty: raise BadInput(f"study {study!r} has no finished run to publish")
     for run_id in done(table).run_id: _publish_run(source/"runs"/run_id, to/"runs"/run_id)
@@ -41,15 +42,19 @@ def publish(study:str, outputs="outputs",
     return to
 
 # %% ../nbs/10c_records.ipynb #522f750f
+def _adopt_run(folder:Path, to:Path):
+    make_folder(to/"predictions")
+    for name in ("config.json", "result.json"): shutil.copyfile(folder/name, to/name)
+    answers = predictions_of(folder.name, folder.parents[1])
+    if answers is not None: answers.to_csv(to/"predictions"/"dev.tsv", sep="\t")
+
 def adopt(study:str, outputs="outputs",
           records=None # default: `records_folder`
          ) -> int:     # so many runs
     "Put published records of a study into `outputs`, where there is nothing of theirs."
     records, there = Path(records or records_folder(study)), Path(outputs)/study
     missing = [f for f in sorted(records.glob("runs/*")) if is_done(f) and not is_done(there/"runs"/f.name)]
-    for folder in missing:
-        make_folder(there/"runs"/folder.name)
-        for name in ("config.json", "result.json"): shutil.copyfile(folder/name, there/"runs"/folder.name/name)
-    for name in ("study.json", DEV_FILE):
-        if missing and (records/name).is_file() and not (there/name).exists(): shutil.copyfile(records/name, there/name)
+    for folder in missing: _adopt_run(folder, there/"runs"/folder.name)
+    if missing and (records/"study.json").is_file() and not (there/"study.json").exists():
+        shutil.copyfile(records/"study.json", there/"study.json")
     return len(missing)

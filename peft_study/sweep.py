@@ -195,8 +195,12 @@ def record_study(study:Study, outputs="outputs"):
         if study.auto == "bf16" != best_precision():
             raise BadInput(f"study {study.name!r} runs in bf16, which this machine does not have in hardware: run it where it was begun, "
                            "or with --precision fp32 under another name by --study")
-        tuning = sorted({c.seed for c in study.configs})
-        record = dict(name=study.name, seeds=tuning, final_seeds=study.final_seeds, auto=begun or study.auto)
+        earlier = read_record(study.name, outputs)   # a call with fewer seeds does not undo what others have repeated
+        tuning = {c.seed for c in study.configs} | set(earlier.get("seeds", ()))
+        final = set(study.final_seeds) | set(earlier.get("final_seeds", ()))
+        if both := sorted(tuning & final):
+            raise BadInput(f"study {study.name!r} would tune and repeat with seed {both[0]}: take other seeds, or name another study by --study")
+        record = dict(name=study.name, seeds=sorted(tuning), final_seeds=sorted(final), auto=begun or study.auto)
         write_json(folder/"study.json", record)
 
 # %% ../nbs/09_sweep.ipynb #9cc89a9b
@@ -221,8 +225,9 @@ class SecondStage:
     def __init__(self, study:Study, outputs="outputs"):
         self.study, self.outputs = study, outputs
         self.waiting = dict(study.cells) if study.final_seeds else {}
-        i, n = study.part
-        self.expected = len(range(i - 1, len(self.waiting) * len(study.final_seeds), n)) # runs that are not begun
+        self._count()
+
+    def _count(self): self.expected = len(self.study.final_runs({cell: c[0] for cell, c in self.waiting.items()})) # runs to come
 
     def _folders(self, cell): return [run_folder(c, self.outputs) for c in self.waiting[cell]]
 
@@ -231,9 +236,8 @@ class SecondStage:
         complete = [cell for cell in self.waiting if all(is_done(f) or diverged(f) for f in self._folders(cell))]
         chosen = {cell: choose(self.waiting[cell], self.outputs) for cell in complete}
         for cell in complete: del self.waiting[cell]
-        runs = self.study.final_runs({cell: config for cell, config in chosen.items() if config})
-        self.expected -= len(runs)
-        return runs
+        self._count()
+        return self.study.final_runs({cell: config for cell, config in chosen.items() if config})
 
     def left(self) -> list[str]:
         "A line a cell that is not repeated yet."
