@@ -374,7 +374,7 @@ def launch(folder:Path, processes:int, show, parts:int=1, minutes:float=10):
     try:
         while child.poll() is None: time.sleep(.5); show(progress(read_metrics(folder)))
     finally: child.terminate()
-    if child.returncode == 0 and is_done(folder): return
+    if is_done(folder): return
     log = read_text(folder/"launch.log", "replace")
     if diverged := re.search("FloatingPointError: (.*)", log): raise FloatingPointError(diverged[1])
     if is_out_of_memory(log): raise torch.OutOfMemoryError(f"in one of {processes} processes")
@@ -445,3 +445,6 @@ if __name__ == "__main__":   # a process of `launch`
     run_here, parent, batch_parts, every_minutes = sys.argv[1:]
     die_with(int(parent))
     run(read_config(run_here), Path(run_here), status_line(), int(batch_parts), float(every_minutes))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)   # the record is complete; a thread of torch that asks for the interpreter at its end would abort the process
