@@ -1,10 +1,11 @@
-"Puts into the installed package what it uses of the repository: notebooks, declared studies, bibliography, published figures."
+"Puts into the installed package what it uses of the repository: notebooks, studies, bibliography, published figures."
 from pathlib import Path
 from shutil import copy
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-PROJECT = ["settings.ini", "_quarto.yml", "nbs/experiments/*.ipynb", "reports/report.ipynb", "reports/references.bib", "reports/published/**/*"]
+PROJECT = ["settings.ini", "_quarto.yml", "nbs/experiments/*.ipynb",
+           "reports/report.ipynb", "reports/references.bib", "reports/published/**/*"]
 
 
 class WithProject(build_py):
