@@ -105,7 +105,8 @@ def make_demo(task_name:str, # one of `MAKERS`
         while len(examples) < size:
             frame = MAKERS[task_name](rng)
             sentences = {text for a, b, _ in frame for text in (a, b) if text}
-            if any(owner.get(s, split) != split for s in sentences) or any(e in examples for e in frame): continue
+            of_another_split = any(owner.get(s, split) != split for s in sentences)
+            if of_another_split or any(e in examples for e in frame): continue
             owner.update((s, split) for s in sentences)
             examples.update((e, None) for e in frame)
         made[split] = rng.sample(list(examples), len(examples))

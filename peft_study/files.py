@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'read_text', 'is_lfs_pointer', 'parse_json', 'read_json', 'shortened', 'reason', 'is_repository',
-           'repository', 'root', 'default_outputs']
+           'repository', 'root', 'default_outputs', 'settings_file', 'read_ini', 'import_object']
 
 # %% ../nbs/00_files.ipynb #7d73b320
-import json, re
+import json, os, re, sys
+from configparser import ConfigParser, Error as IniError
+from importlib import import_module
 from pathlib import Path
 
 # %% ../nbs/00_files.ipynb #ec7c53ab
@@ -20,7 +22,8 @@ def read_text(path,
              ) -> str:
     "The text of a UTF-8 file, with or without a byte order mark; `BadInput` where it cannot be read."
     try:
-        if is_lfs_pointer(path): raise BadInput(f"{path} is a pointer of Git LFS; fetch the file itself with git lfs pull")
+        if is_lfs_pointer(path):
+            raise BadInput(f"{path} is a pointer of Git LFS; fetch the file itself with git lfs pull")
         return Path(path).read_bytes().decode("utf-8-sig", errors)
     except UnicodeDecodeError as e: raise BadInput(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
     except OSError as e: raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
@@ -38,7 +41,8 @@ def parse_json(text:str,
     "The value of a JSON text; `BadInput` where it is not JSON, or not a value of this kind."
     try: value = json.loads(text)
     except (ValueError, RecursionError) as e: raise BadInput(f"{where}: not JSON ({e})") from None
-    if not isinstance(value, kind): raise BadInput(f"{where}: expected a JSON {kind.__name__}, got {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise BadInput(f"{where}: expected a JSON {kind.__name__}, got {type(value).__name__}")
     return value
 
 def read_json(path, kind:type=dict):
@@ -62,7 +66,9 @@ def _package() -> Path:
     import peft_study
     return Path(peft_study.__file__).resolve().parent
 
-def is_repository(folder:Path) -> bool: return (folder/"peft_study").is_dir() and (folder/"nbs"/"experiments"/"finetune.ipynb").is_file()
+def is_repository(folder:Path) -> bool:
+    template = folder/"nbs"/"experiments"/"finetune.ipynb"
+    return (folder/"peft_study").is_dir() and template.is_file()
 
 def repository() -> Path|None:
     "The repository that this package lies in, or else the one around the working folder."
@@ -76,3 +82,27 @@ def root() -> Path:
 def default_outputs() -> Path:
     "Where notebooks put and look for results: the repository's own, wherever they run from."
     return (repository() or Path.cwd())/"outputs"
+
+def settings_file() -> Path:
+    "settings.ini of this folder, or else the repository's."
+    here = Path("settings.ini")
+    return here if here.is_file() else root()/"settings.ini"
+
+def read_ini(file) -> ConfigParser:
+    "The sections of a settings file. Values are taken as they stand."
+    file = Path(file)
+    if not file.is_file(): raise BadInput(f"{file}: no such file")
+    text, ini = read_text(file), ConfigParser(interpolation=None, default_section="")
+    try: ini.read_string(text, source=str(file))
+    except IniError as e: raise BadInput(f"{file.name}: {' '.join(str(e).split())}") from None
+    return ini
+
+# %% ../nbs/00_files.ipynb #03fbad21
+def import_object(what:str, # for the message: task, optimizer
+                  name:str  # package.module:name
+                 ):
+    "What `name` stands for; `BadInput` where it cannot be imported."
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
+    try: return getattr(import_module(module), attribute)
+    except (Exception, SystemExit) as e: raise BadInput(f"{what} {name!r}: {type(e).__name__}: {e}") from None

@@ -7,7 +7,7 @@ from peft_study.methods.core import find_method, method_names
 from peft_study.runs import code_files
 
 # A default that is changed gives finished runs another meaning under the same name. New settings come with a default that is as before.
-COMMON = dict(study="adhoc", checkpoint="bert-base-uncased", data="hub", n_epochs=3, lr=None, batch_size=32, betas=(.9, .999), eps=1e-6, weight_decay=.01,
+COMMON = dict(study="adhoc", checkpoint="bert-base-uncased", data="hub", n_epochs=3, lr=None, batch_size=32, optimizer="adamw", betas=(.9, .999), eps=1e-6, weight_decay=.01,
               warmup_ratio=.1, max_grad_norm=1., max_length=128, precision="fp32", seed=0, keep="last", tune_share=0., train_pooler=False,
               cache_frozen=False, max_train_examples=None, max_eval_examples=None, max_steps=None, skip_bad_rows=0)
 METHODS = dict( # default learning rate, settings, and the identity of a run with nothing but defaults

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from peft_study.bench import read_bench
 from peft_study.cli import shortened
 from peft_study.config import RunConfig, read_study
-from peft_study.data import read_tsv
+from peft_study.data import read_file
 from peft_study.encoders import Sites, tiny_config
 from peft_study.exchange import peft_method
 from peft_study.files import BadInput
@@ -128,7 +128,7 @@ JSON = {f"{RUN}/config.json": (CONFIG.flat(), lambda f: read_config(f/RUN).run_i
         "bench.json": (dict(settings=dict(data="demo"), machine={}, rows=[dict(task="rte")]), lambda f: read_bench(f, dict(data="demo")))}
 TEXT = {f"{RUN}/metrics.jsonl": (LOG, read_log),
         "settings.ini": (INI, lambda f: [c.run_id for c in read_study("s", f/"settings.ini").configs]),
-        "RTE/train.tsv": (TSV, lambda f: read_tsv(get_task("rte"), "train", f)),
+        "RTE/train.tsv": (TSV, lambda f: read_file(get_task("rte"), "train", f)),
         f"{RUN}/predictions/dev.tsv": (PREDICTIONS, lambda f: predictions_of(CONFIG.run_id, f/"study")),
         "RTE.tsv": (ANSWERS, read_submission)}
 
