@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from .files import read_text, reason
-from .glue import TRAIN_ROWS, BadInput, Task, definition, get_task, splits
+from .glue import TRAIN_ROWS, BadInput, Task, definition, splits
 from .demo import make_demo
 
 # %% ../nbs/02_data.ipynb #64cfaf34
@@ -65,7 +65,7 @@ def _tsv_rows(file) -> list[list[str]]:
     if not quoted or not all(map(_quoted_by_pandas.fullmatch, quoted)): return rows
     return [[f[1:-1].replace('""', '"') if '"' in f else f for f in row] for row in rows]
 
-# %% ../nbs/02_data.ipynb #496f6281
+# %% ../nbs/02_data.ipynb #ec1bfefd
 def _csv_rows(file) -> tuple[list[list[str]], list[int]]: # rows, and the line in which each ends
     reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     rows, lines = [], []
@@ -177,7 +177,7 @@ def read_hub(task:Task, split:str) -> list[Example]:
     b = texts[1] if len(texts) == 2 else [None] * len(rows)
     return [Example(i, a, b, y) for i, (a, b, y) in enumerate(zip(texts[0], b, labels))]
 
-# %% ../nbs/02_data.ipynb #d0f641f1
+# %% ../nbs/02_data.ipynb #e4cfac72
 def _own_hub_rows(task:Task, info):
     dataset = f"data 'hub': {' '.join(task.hub)}"
     found = _load_hub(task.hub)

@@ -8,7 +8,7 @@ __all__ = ['animals', 'people', 'places', 'colours', 'sizes', 'deeds', 'good', '
 
 # %% ../nbs/01_demo.ipynb #55e807a7
 import random
-from .glue import BadInput, TASKS
+from .files import BadInput
 
 # %% ../nbs/01_demo.ipynb #50f34971
 def _plural(noun): return noun[:-1] + "ies" if noun.endswith("y") else noun + "s"

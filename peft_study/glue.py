@@ -153,7 +153,7 @@ def _spearman(p, y):
     from scipy.stats import spearmanr
     return spearmanr(p, y).statistic if varies(p) and varies(y) else 0.
 
-# %% ../nbs/00_glue.ipynb #ae7736da
+# %% ../nbs/00_glue.ipynb #f0a34434
 def _counts(p, y): # (…, n), (…, n) → three of (classes, …)
     "Of each class: how many are rightly called so, are called so, and are so."
     import numpy as np
@@ -178,7 +178,7 @@ def _matthews_along(p, y):
     norm = np.sqrt((n**2 - (called**2).sum(0)) * (n**2 - (are**2).sum(0)))
     return np.divide(right.sum(0) * n - (called * are).sum(0), norm, out=np.zeros_like(norm), where=norm > 0)
 
-# %% ../nbs/00_glue.ipynb #5f725abc
+# %% ../nbs/00_glue.ipynb #0b31f4b8
 def _pearson_along(p, y):
     import numpy as np
     both = varies(p) & varies(y)
@@ -206,7 +206,7 @@ METRICS = dict(matthews=Metric(_matthews, _matthews_along), accuracy=Metric(_acc
                pearson=Metric(_pearson, _pearson_along, "numbers"),
                spearman=Metric(_spearman, _spearman_along, "numbers"))
 
-# %% ../nbs/00_glue.ipynb #dc6cd12b
+# %% ../nbs/00_glue.ipynb #9002915d
 def check_metric(metric:Metric, sets:int=20, n:int=50, seed:int=0) -> float:
     "The largest difference between the two forms of a metric, on random sets."
     import numpy as np
@@ -242,7 +242,7 @@ def to_word(task:Task, prediction) -> str:
     low, high = task.bounds
     return f"{min(max(float(prediction), low), high):.3f}"
 
-# %% ../nbs/00_glue.ipynb #19ab6c60
+# %% ../nbs/00_glue.ipynb #d6749017
 _own_settings = ("columns", "labels", "metrics", "title", "label", "words", "bounds", "hub", "data", "dev",
                  "test_labelled")
 
@@ -267,7 +267,7 @@ def _check_own(task:Task, where:str):
     if task.folder or task.submission: refuse("folder and submission are for the tasks of GLUE")
     for name in task.metrics: _check_metric_fits(task, name, refuse)
 
-# %% ../nbs/00_glue.ipynb #69584402
+# %% ../nbs/00_glue.ipynb #b4c16b8d
 def _check_metric_fits(task:Task, name:str, refuse):
     if name not in METRICS: refuse(f"unknown metric {name!r}: use one of {', '.join(METRICS)}")
     takes = METRICS[name].takes
@@ -275,7 +275,7 @@ def _check_metric_fits(task:Task, name:str, refuse):
     has = f"{len(task.labels)} classes" if task.labels else "numbers"
     if not fits: refuse(f"metric {name!r} is for {takes}, and this task has {has}")
 
-# %% ../nbs/00_glue.ipynb #35cae12a
+# %% ../nbs/00_glue.ipynb #b9645ab2
 _lists = ("columns", "labels", "metrics", "words", "bounds", "hub")
 
 def _value(name:str, given, refuse):
@@ -302,7 +302,7 @@ def make_task(name:str, settings:dict, # field → text, or as in JSON
     _check_own(task, where)
     return task
 
-# %% ../nbs/00_glue.ipynb #b57a057f
+# %% ../nbs/00_glue.ipynb #b771c55a
 @lru_cache
 def _task_sections(file, size, modified) -> dict[str, dict]:
     ini = read_ini(file)
@@ -321,7 +321,7 @@ def _imported_task(name:str) -> Task:
     _check_own(task, f"task_name {name!r}")
     return replace(task, name=name)
 
-# %% ../nbs/00_glue.ipynb #89714ae2
+# %% ../nbs/00_glue.ipynb #1299faa7
 _recorded = {}   # name → task: of runs that were read here and whose task is declared nowhere else
 
 def get_task(name:str # of GLUE, of a section [task.NAME], or package.module:TASK
@@ -344,7 +344,7 @@ def in_order(names) -> list[str]:
     names = set(names)
     return [t for t in TASKS if t in names] + sorted(names - set(TASKS))
 
-# %% ../nbs/00_glue.ipynb #250932d8
+# %% ../nbs/00_glue.ipynb #8bc0912f
 def definition(task:Task) -> dict:
     "What makes one's own task the task it is: all that is given but where the data lie."
     given = {name: getattr(task, name) for name in _own_settings if name not in ("data", "title")}
@@ -358,4 +358,4 @@ def remember_task(name:str, record:dict, where):
     differ = [key for key in _own_settings if definition(known).get(key) != definition(task).get(key)]
     if differ:
         was, now = getattr(task, differ[0]), getattr(known, differ[0])
-        raise BadInput(f"{where}: task {name!r} is declared otherwise now: {differ[0]} was {was!r}, and is {now!r}")
+        raise BadInput(f"{where}: task {name!r} is declared otherwise now: {differ[0]} was {was!r} and is {now!r}")
