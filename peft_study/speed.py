@@ -7,6 +7,7 @@ __all__ = ['cheap_dropout', 'attention', 'plain_attention', 'half_frozen', 'few_
            'lowest_trained', 'FrozenLayers']
 
 # %% ../nbs/05b_speed.ipynb #08cc64ff
+import math
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,17 +16,17 @@ from .encoders import Sites, get_family
 from .glue import BadInput
 
 # %% ../nbs/05b_speed.ipynb #46bd065d
-def _keep(like, p:float):
-    "0 with probability `p`, otherwise 1, for each element of `like`."
+def _keep(shape:tuple, p:float):
+    "0 with probability `p`, otherwise 1, in each place."
     import numpy as np, torch
-    n, seed = like.numel(), torch.randint(2**63 - 1, (), device="cpu").item()
+    n, seed = math.prod(shape), torch.randint(2**63 - 1, (), device="cpu").item()
     bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-n // 4)).view(np.int16)[:n])
     least = min(round(p * 2**16), 2**16 - 1) - 2**15   # within the type of `bits`
-    return torch.ge(bits, least, out=torch.empty(n, dtype=torch.int8)).view(like.shape)
+    return torch.ge(bits, least, out=torch.empty(n, dtype=torch.int8)).view(shape)
 
 def _drop(x, p:float):
     "`x` with a share `p` of its elements zero and the others larger by 1/(1 - p); differentiable."
-    return (x * _keep(x, p)).mul_(1 / (1 - p))
+    return (x * _keep(x.shape, p)).mul_(1 / (1 - p))
 
 # %% ../nbs/05b_speed.ipynb #8e9b1578
 def _forward(self, x):
@@ -41,8 +42,8 @@ def cheap_dropout(model):
         if type(module) is nn.Dropout: module.forward = MethodType(_forward, module)
 
 # %% ../nbs/05b_speed.ipynb #ee232c23
-def _attend(q, k, v, mask, p, scaling): # (batch, heads, length, width) each; mask 0 where allowed
-    "O (batch · heads, length, width), and what the gradient needs."
+def _attend(q, k, v, mask, keep, p, scaling): # (batch, heads, length, width) each; mask 0 where allowed
+    "O (batch · heads, length, width), and P (batch · heads, length, length), which the gradient needs."
     import torch
     shape = (*q.shape[:-1], k.shape[-2])
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -50,8 +51,7 @@ def _attend(q, k, v, mask, p, scaling): # (batch, heads, length, width) each; ma
     S = S.to(torch.promote_types(S.dtype, torch.float32)).mul_(scaling)
     if mask is not None: S.view(shape).add_(mask)
     P = S.softmax(-1).to(q.dtype)
-    keep = _keep(P, p)
-    return torch.bmm(P * keep, v).mul_(1 / (1 - p)), (q, k, v, P, keep)
+    return torch.bmm(P * keep, v).mul_(1 / (1 - p)), P
 
 def _attend_backward(dO, q, k, v, P, keep, p, scaling): # (batch · heads, length, width)
     "The gradients of Q, K and V."
@@ -69,14 +69,32 @@ def _attention():
     import torch
     class Attention(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, q, k, v, mask, p, scaling):
-            O, kept = _attend(q, k, v, mask, p, scaling)
-            ctx.save_for_backward(*kept); ctx.settings = q.shape[:2], p, scaling
-            return O.unflatten(0, q.shape[:2])
+        def forward(q, k, v, mask, keep, p, scaling):
+            O, P = _attend(q, k, v, mask, keep, p, scaling)
+            return O.unflatten(0, q.shape[:2]), P
+
         @staticmethod
-        def backward(ctx, dO):
-            heads, p, scaling = ctx.settings
-            return *(g.unflatten(0, heads) for g in _attend_backward(dO.flatten(0, 1), *ctx.saved_tensors, p, scaling)), None, None, None
+        def setup_context(ctx, inputs, output):
+            q, k, v, _, keep, *ctx.settings = inputs
+            ctx.save_for_backward(q, k, v, output[1], keep)
+            ctx.mark_non_differentiable(output[1])
+
+        @staticmethod
+        def backward(ctx, dO, _):
+            q, k, v, P, keep = ctx.saved_tensors
+            folded = (x.flatten(0, 1) for x in (dO, q, k, v))
+            gradients = _attend_backward(*folded, P, keep, *ctx.settings)
+            return *(g.unflatten(0, q.shape[:2]) for g in gradients), None, None, None, None
+
+        @staticmethod
+        def vmap(info, dims, q, k, v, mask, keep, p, scaling):
+            "Stacked runs are more rows of one batch."
+            def rows(x, dim):
+                if x is None: return None
+                x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+                return x.flatten(0, 1)
+            O, P = Attention.apply(*map(rows, (q, k, v, mask, keep), dims), p, scaling)
+            return (O.unflatten(0, (info.batch_size, -1)), P.unflatten(0, (info.batch_size, -1))), (0, 0)
     return Attention.apply
 
 # %% ../nbs/05b_speed.ipynb #cc61e471
@@ -89,8 +107,11 @@ def attention(module, query, key, value, attention_mask, dropout:float=0., scali
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros(attention_mask.shape, device=query.device).masked_fill_(~attention_mask, -1e4)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    out = _attention()(*(x.to(dtype) for x in (query, key, value)), attention_mask, dropout, scaling if scaling is not None else query.shape[-1]**-.5)
-    return out.transpose(1, 2).contiguous(), None
+    batch, heads, length, width = query.shape
+    keep = _keep((batch * heads, length, key.shape[-2]), dropout)
+    if scaling is None: scaling = width**-.5
+    O, _ = _attention()(*(x.to(dtype) for x in (query, key, value)), attention_mask, keep, dropout, scaling)
+    return O.transpose(1, 2).contiguous(), None
 
 # %% ../nbs/05b_speed.ipynb #4a704a8b
 def plain_attention(model):
