@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['seed_dropout', 'example_losses', 'local_batch', 'backward', 'train_step', 'make_optimizer', 'training_examples',
            'load_data', 'progress', 'status_line', 'Log', 'TrainState', 'evaluate_split', 'evaluate_epoch',
-           'made_ahead', 'train_epoch', 'fit', 'predict_kept', 'peak_memory', 'begin', 'evaluations', 'record', 'run',
-           'own_environment', 'without_leftovers', 'check_processes', 'launch', 'is_out_of_memory', 'others_memory',
-           'with_less_memory', 'train']
+           'made_ahead', 'train_epoch', 'start_state', 'fit', 'predict_kept', 'peak_memory', 'begin', 'evaluations',
+           'record', 'new_accelerator', 'run', 'own_environment', 'without_leftovers', 'check_processes', 'launch',
+           'is_out_of_memory', 'others_memory', 'with_less_memory', 'train']
 
 # %% ../nbs/08_train.ipynb #a5c75d93
 import math, os, random, re, sys, time
@@ -177,18 +177,20 @@ class TrainState:
         for k, v in saved["log"].items(): setattr(self.log, k, v)
 
 # %% ../nbs/08_train.ipynb #1f32e01c
-def evaluate_split(config:RunConfig, state:TrainState, rows, pad_id:int, accelerator) -> dict: # scores, logits
-    "Score what the model says of labelled rows."
+def evaluate_split(config:RunConfig, state:TrainState, rows, pad_id:int, accelerator, logits=None) -> dict: # scores, logits
+    "Score what the model says of labelled rows, or what it is known to say."
     import torch
     task = get_task(config.task_name)
-    logits = logits_of(state.raw, rows, pad_id, accelerator)   # not through DDP, whose forward waits for every process
+    if logits is None: logits = logits_of(state.raw, rows, pad_id, accelerator)   # not through DDP, whose forward waits for every process
     scores = score(task, decide(task, logits), rows["label"])
     return dict(scores=scores | dict(epoch=state.at["epoch"]), logits=torch.from_numpy(logits))
 
-def evaluate_epoch(config:RunConfig, state:TrainState, data, pad_id:int, accelerator):
+def evaluate_epoch(config:RunConfig, state:TrainState, data, pad_id:int, accelerator,
+                   logits:dict={} # split → what the model says, where it is known
+                  ):
     "Score dev and the tuning split, log it, and remember the epoch if it is the best."
     at = state.at
-    found = {s: evaluate_split(config, state, data[s], pad_id, accelerator) for s in ("tune", "dev") if s in data}
+    found = {s: evaluate_split(config, state, data[s], pad_id, accelerator, logits.get(s)) for s in ("tune", "dev") if s in data}
     line = {f"{s}_{k}": v for s, f in found.items() for k, v in f["scores"].items() if k != "epoch"}
     state.log.write(dict(step=at["step"]) | line | dict(epoch=at["epoch"]))
     def beats(name, split): return at[name] is None or score_of(found, split) > score_of(at[name], split)
@@ -236,6 +238,16 @@ def train_epoch(config:RunConfig, state:TrainState, model, rows, lengths, pad_id
             if at["step"] % len(batches) and at["step"] < steps: between()
     at["epoch"] += 1
 
+# %% ../nbs/08_train.ipynb #96b5d283
+def start_state(config:RunConfig, folder:Path, raw, n_examples:int, accelerator, show, parts:int=1, saved=None) -> TrainState:
+    "Where training begins, or goes on from `saved`."
+    per_epoch = math.ceil(n_examples / config.batch_size)
+    steps = min(config.n_epochs * per_epoch, config.max_steps or math.inf)
+    log = Log(folder, accelerator, steps, round(n_examples * steps / per_epoch), show)
+    state = TrainState(raw, *make_optimizer(raw, config, steps), log, parts)
+    if saved: state.load(saved)
+    return state
+
 # %% ../nbs/08_train.ipynb #ac68009a
 def fit(config:RunConfig, folder:Path, accelerator, show, parts:int=1, minutes:float=10, saved=None):
     "Train the run of `folder`, or go on from `saved`; the data, and the state at the end."
@@ -243,11 +255,8 @@ def fit(config:RunConfig, folder:Path, accelerator, show, parts:int=1, minutes:f
     data, raw = load_data(config, tokenizer), speed_up(build_model(config).to(accelerator.device), config.precision, accelerator.device)
     model, pad_id = accelerator.prepare(raw), tokenizer.pad_token_id
     lengths = [len(x) for x in data["train"]["input_ids"]]
-    per_epoch = math.ceil(len(lengths) / config.batch_size)
-    steps = min(config.n_epochs * per_epoch, config.max_steps or math.inf)
-    log = Log(folder, accelerator, steps, round(len(lengths) * steps / per_epoch), show)
-    state = TrainState(raw, *make_optimizer(raw, config, steps), log, parts)
-    if saved: state.load(saved)
+    state = start_state(config, folder, raw, len(lengths), accelerator, show, parts, saved)
+    steps = state.log.steps
     started, frozen = time.perf_counter(), None
     if config.cache_frozen: frozen = FrozenLayers(raw, data["train"], pad_id, folder/f".frozen{accelerator.process_index}.tmp")
     log.seconds += time.perf_counter() - started
@@ -303,8 +312,8 @@ def evaluations(at:dict) -> dict: # split → which epoch → scores
     return dict(tune=tune, dev=dev | dict(chosen=scores("best", "dev")))
 
 # %% ../nbs/08_train.ipynb #134aaeca
-def record(config:RunConfig, folder:Path, data, logits, state:TrainState, accelerator):
-    "Write predictions, adapter and, last, `result.json`."
+def record(config:RunConfig, folder:Path, data, logits, state:TrainState, accelerator, **engine):
+    "Write predictions, adapter and, last, `result.json`; `engine` joins its provenance."
     task, at, log = get_task(config.task_name), state.at, state.log
     for split, l in logits.items(): write_predictions(folder/"predictions"/f"{split}.tsv", task, data[split], l)
     adapter = save_adapter(state.raw, config.method, folder/"adapter", dict(run_id=config.run_id, task_name=config.task_name, checkpoint=config.checkpoint))
@@ -316,21 +325,25 @@ def record(config:RunConfig, folder:Path, data, logits, state:TrainState, accele
     if config.skip_bad_rows: read["skipped"] = len(bad_rows(task, "train", config.data))
     result = dict(run_id=config.run_id, examples=read, size=config.method.size, config=config.flat(), score=at[config.keep]["dev"]["scores"]["score"], **scores,
                   parameters=count(state.raw),
-                  steps=at["step"], cost=cost, provenance=provenance(config, accelerator.device.type, accelerator.num_processes) | dict(resumed=at["resumed"]))
+                  steps=at["step"], cost=cost, provenance=provenance(config, accelerator.device.type, accelerator.num_processes) | dict(resumed=at["resumed"]) | engine)
     others = [s for s in logits if s not in scores and splits(task)[s].labelled]   # dev_mismatched
     also = {s: score(task, decide(task, logits[s]), data[s]["label"]) for s in others}
     write_json(folder/"result.json", result | also)
 
 # %% ../nbs/08_train.ipynb #f57cf025
-def run(config:RunConfig, folder:Path, show, parts:int=1, minutes:float=10):
-    "Train, predict and record one run."
-    import torch
+def new_accelerator(config:RunConfig, folder:Path):
+    "The accelerator of one run, with its precision and its log."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()   # another run of this process may have had another precision
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)   # they are the same positions everywhere
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", log_with="tensorboard", project_dir=folder,
-                              kwargs_handlers=[ddp])
+    precision = "bf16" if config.precision == "bf16" else "no"
+    return Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=folder, kwargs_handlers=[ddp])
+
+def run(config:RunConfig, folder:Path, show, parts:int=1, minutes:float=10):
+    "Train, predict and record one run."
+    import torch
+    accelerator = new_accelerator(config, folder)
     if accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
     saved = begin(config, folder, accelerator)
     data, pad_id, state = fit(config, folder, accelerator, show, parts, minutes, saved)
