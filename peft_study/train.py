@@ -259,7 +259,7 @@ def fit(config:RunConfig, folder:Path, accelerator, show, parts:int=1, minutes:f
     steps = state.log.steps
     started, frozen = time.perf_counter(), None
     if config.cache_frozen: frozen = FrozenLayers(raw, data["train"], pad_id, folder/f".frozen{accelerator.process_index}.tmp")
-    log.seconds += time.perf_counter() - started
+    state.log.seconds += time.perf_counter() - started
     def save(): accelerator.is_main_process and state.save(folder)
     def save_now_and_then(): time.monotonic() - state.saved > 60 * minutes and save()
     while state.at["step"] < steps:
