@@ -12,7 +12,7 @@ from pathlib import Path
 from .config import RunConfig
 from .data import minilm_folder
 from .files import reason
-from .glue import TASKS, BadInput, get_task, splits
+from .glue import TASKS, BadInput, get_task, in_order, splits
 from .runs import kept_epoch
 
 # %% ../nbs/07a_cards.ipynb #ca000006
@@ -170,7 +170,7 @@ def score_rows(cells, # of `results.cell_means`
                show   # a cell → text
               ):      # header, rows
     "A row an encoder, method and size, a column a task; data and encoder are named where a task has several."
-    tasks = [t for t in TASKS if t in set(cells.task_name)]
+    tasks = in_order(cells.task_name)
     several = cells.groupby("task_name", dropna=False)[["checkpoint", "data_id"]].nunique().max() > 1
     named = [name for name in ("checkpoint", "data_id") if several[name]]
     rows = []

@@ -193,15 +193,15 @@ def complete(study, outputs, engine):
 def print_table(table, console):
     "A row an encoder, method and size, a column a task: the mean over seeds of the chosen configuration."
     from rich.table import Table
-    from peft_study.glue import TASKS
+    from peft_study.glue import in_order
     from peft_study.results import cell_means, done, not_reported
     runs, cells = done(table), cell_means(table)
-    tasks = [t for t in TASKS if t in set(runs.task_name)]
+    tasks = in_order(runs.task_name)
     synthetic = len(runs) and (runs.data == "demo").all()
     places = [name for name in ("checkpoint", "data_id") if cells.groupby("task_name", dropna=False)[name].nunique().max() > 1]
     out = Table(title="dev scores" + (" on synthetic data" if synthetic else ""), title_justify="left")
     for c in [*places, "method", "size", "parameters"]: out.add_column(c, justify="right" if c == "parameters" else "left", no_wrap=True)
-    for t in tasks: out.add_column(TASKS[t].kind if synthetic else TASKS[t].title, justify="right")
+    for t in map(get_task, tasks): out.add_column(t.kind if synthetic else t.title, justify="right")
     for key, group in cells.groupby([*places, "label", "size"], sort=False):
         n, score = group.parameters, dict(zip(group.task_name, group.score))
         parameters = f"{n.min():,.0f}" if n.min() == n.max() else f"{n.min():,.0f}–{n.max():,.0f}"

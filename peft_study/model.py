@@ -9,7 +9,7 @@ __all__ = ['COUNT_FROM_PADDING', 'checkpoint_path', 'load_encoder_config', 'task
 # %% ../nbs/05_model.ipynb #a9c84b97
 import re
 from pathlib import Path
-from .config import RunConfig
+from .config import RunConfig, check_optimizer
 from .data import load_tokenizer, minilm_folder
 from .encoders import get_family
 from .files import is_lfs_pointer, read_json, reason
@@ -100,6 +100,7 @@ def check_precision(precision:str):
 def check_run(config:RunConfig):
     "`BadInput` if the checkpoint cannot be used, or the method or the length does not fit it."
     check_precision(config.precision)
+    check_optimizer(config.optimizer)
     encoder = task_config(config)
     config.method.check(encoder)
     if config.cache_frozen and not can_cache(config.method, encoder):

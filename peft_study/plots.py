@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from .glue import TASKS
+from .glue import get_task, in_order
 from .results import PLACE, best_sizes, budget_curves, cell_means, done, reported, runs_of
 from .runs import read_config, read_metrics
 from .statistics import summary
@@ -91,13 +91,16 @@ def number(value:float, spec:str="z.1f" # z: no minus before a zero
     "A number as it is printed: with a true minus sign, and a dash where there is none."
     return "—" if value != value else f"{value:{spec}}".replace("-", "−")
 
-def shown_name(task, table) -> str: return f"synthetic {TASKS[task].kind}" if "data" in table and (table.data == "demo").all() else TASKS[task].title
+def shown_name(task, table) -> str:
+    synthetic = "data" in table and (table.data == "demo").all()
+    return f"synthetic {get_task(task).kind}" if synthetic else get_task(task).title
 
 def shown_encoder(checkpoint:str) -> str: return Path(checkpoint).name or checkpoint
 
 def place_names(table) -> dict: # (task, encoder, data) → name
     "The places of a table in the order of tasks; encoder and data are named where a task has several."
-    rows = table.drop_duplicates(PLACE).assign(order=lambda t: t.task_name.map(list(TASKS).index)).sort_values("order", kind="stable")
+    order = in_order(table.task_name)
+    rows = table.drop_duplicates(PLACE).sort_values("task_name", key=lambda names: names.map(order.index), kind="stable")
     found = {}
     for row in rows.itertuples():
         same_task = rows[rows.task_name == row.task_name]
@@ -151,7 +154,7 @@ def score_vs_parameters(table,        # rows of `results.load_runs`
         task, known = place[0], (published or {}).get(place[0])
         drawn.append((ax, _draw_scaling(ax, at_place(runs, place), colours, band, known)))
         ax.set_title(name + (" (dashed: published, BERT-base)" if known is not None else ""), fontsize=10)
-        ax.set(xlabel="trainable parameters", ylabel="dev " + " and ".join(TASKS[task].metrics))
+        ax.set(xlabel="trainable parameters", ylabel="dev " + " and ".join(get_task(task).metrics))
     fig.suptitle(title, fontsize=10, parse_math=False)   # a path may have dollars in it
     fig.canvas.draw()
     for ax, ends in drawn: label_lines(ax, ends)

@@ -21,7 +21,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from .config import RunConfig
 from .files import read_json, read_text, root
-from .glue import BadInput, TASKS
+from .glue import BadInput, get_task
 from .methods.core import one_line
 from .kernels import execute_notebook
 from .plots import at_place, number, place_names
@@ -60,7 +60,7 @@ def command_of(config:RunConfig) -> str:
     return shlex.join(words)
 
 # %% ../nbs/11b_report.ipynb #b087b873
-def metric_names(task) -> list[str]: return list(TASKS[task].metrics)
+def metric_names(task) -> list[str]: return list(get_task(task).metrics)
 
 def percent(value, spec:str="z.1f") -> str: return number(100 * value, spec)
 

@@ -18,7 +18,7 @@ import pandas as pd
 from .config import RunConfig
 from .data import read_split
 from .files import read_text
-from .glue import BadInput, TASKS, get_task, score
+from .glue import BadInput, TASKS, get_task, in_order, score
 from .methods.core import find_method, method_names
 from .runs import kept_epoch, read_config, read_record, read_result, run_folders, status, write_atomic
 from .statistics import (constant_prediction, expected_best, holm, mcnemar, paired_bootstrap, paired_tasks, resampled_score,
@@ -50,7 +50,8 @@ def _encoder(row:dict) -> str:
 def _data_id(row:dict) -> str:
     "The data of a cell: hub, demo, or the fingerprint of a folder; and how much of it trains."
     fingerprint = row.get("provenance_data_fingerprint") or os.path.normpath(row["data"])
-    data = row["data"] if row["data"] in ("hub", "demo") else fingerprint[:8] if "/" not in fingerprint else fingerprint
+    if row["data"] in ("hub", "demo") and row["task_name"] in TASKS: data = row["data"]
+    else: data = fingerprint[:8] if "/" not in fingerprint else fingerprint
     n = row.get("max_train_examples")
     return f"{data}[:{n:.0f}]" if n and n == n else data
 
@@ -147,7 +148,7 @@ def as_table(rows:list[dict], final_seeds=()):
     code = table.provenance_code.astype(object).fillna("")
     newest = done(table).sort_values("provenance_finished").index[-1:]
     table["other_code"] = (table.status == "done") & ~code.isin(code[newest])
-    table["_order"] = table.task_name.map(list(TASKS).index)
+    table["_order"] = table.task_name.map(in_order(table.task_name).index)
     order = ["_order", "checkpoint", "data_id", "method", "parameters_trainable", "seed", "run_id"]
     table = table.sort_values(order).drop(columns="_order").reset_index(drop=True)
     table["stage"] = stages(table, final_seeds)

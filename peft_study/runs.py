@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'write_json', 'append_json', 'read_metrics', 'cut_metrics', 'run_folder', 'run_folders', 'places',
-           'make_folder', 'start_run', 'read_config', 'read_result', 'is_done', 'kept_epoch', 'read_record', 'Held',
-           'hold', 'holder', 'die_with', 'status', 'write_error', 'commit', 'cores', 'device_name', 'code_files',
-           'code_version', 'nvidia_smi', 'gpu_versions', 'provenance']
+           'own_task', 'make_folder', 'start_run', 'read_config', 'read_result', 'is_done', 'kept_epoch', 'read_record',
+           'Held', 'hold', 'holder', 'die_with', 'status', 'write_error', 'commit', 'cores', 'device_name',
+           'code_files', 'code_version', 'nvidia_smi', 'gpu_versions', 'provenance']
 
 # %% ../nbs/06_runs.ipynb #a74fafd0
 import errno, json, os, re, time
@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 from .config import RunConfig
 from .files import is_repository, parse_json, read_json, read_text
-from .glue import TASKS, BadInput, get_task
+from .glue import TASKS, BadInput, definition, get_task, remember_task
 from .methods.core import one_line
 
 # %% ../nbs/06_runs.ipynb #858eee8d
@@ -69,7 +69,7 @@ def run_folder(config:RunConfig, outputs="outputs") -> Path: return Path(outputs
 # %% ../nbs/06_runs.ipynb #360880b1
 def run_folders(study:str, outputs="outputs") -> list[Path]:
     "The run folders of a study, in order; folders that are no runs' are passed over."
-    name = re.compile(rf"({'|'.join(TASKS)})-.+-s[0-9]+-[0-9a-f]{{8}}")
+    name = re.compile(r"\w+-.+-s[0-9]+-[0-9a-f]{8}")
     return sorted(f for f in (Path(outputs)/study/"runs").glob("*") if f.is_dir() and name.fullmatch(f.name))
 
 # %% ../nbs/06_runs.ipynb #b0bb6898
@@ -78,6 +78,11 @@ def places(config:RunConfig) -> dict:
     given = {k: getattr(config, k) for k in ("data", "checkpoint")}
     folders = {k: str(Path(path).resolve()) for k, path in given.items() if path not in ("hub", "demo", "minilm") and Path(path).is_dir()}
     return dict(places=folders) if folders else {}
+
+def own_task(config:RunConfig) -> dict:
+    "The declaration of a task of one's own, by which the run can be read where settings.ini is not at hand."
+    task = get_task(config.task_name)
+    return {} if task.of_glue else dict(task=definition(task) | dict(title=task.title))
 
 # %% ../nbs/06_runs.ipynb #0d3a0855
 def make_folder(folder:Path):
@@ -89,16 +94,24 @@ def start_run(config:RunConfig, outputs="outputs") -> Path:
     "Make the run's folder and write `config.json`; `BadInput` where that is not possible."
     folder = run_folder(config, outputs)
     make_folder(folder)
-    try: write_json(folder/"config.json", config.flat() | places(config))
+    try: write_json(folder/"config.json", config.flat() | places(config) | own_task(config))
     except OSError as e: raise BadInput(f"outputs {str(outputs)!r}: cannot be written ({e.strerror})") from None
     return folder
 
 # %% ../nbs/06_runs.ipynb #8f6cb391
+def _know_task(file, settings:dict):
+    "Make the task that a run folder's settings declare known here, and leave it out of them."
+    declared, name = settings.pop("task", None), settings.get("task_name")
+    if declared is None: return
+    if not isinstance(declared, dict) or not isinstance(name, str): raise BadInput(f"{file}: task must be a dictionary")
+    remember_task(name, declared, file)
+
 def read_config(folder) -> RunConfig:
     "The configuration of a run folder."
     file = Path(folder)/"config.json"
     if not file.is_file(): raise BadInput(f"{str(folder)!r} is no run folder: it has no config.json")
     settings = read_json(file)
+    _know_task(file, settings)
     known = settings.pop("places", {})
     if not isinstance(known, dict): raise BadInput(f"{file}: places must be a dictionary, got {known!r}")
     for name, path in known.items():   # a relative path may mean another folder here, or none
@@ -139,7 +152,10 @@ def read_result(folder) -> dict|None:
     try:
         result = read_json(Path(folder)/"result.json")
         _Result.model_validate(result)
-        if "config" in result: _check_settings(result["config"])
+        if "config" not in result: return result
+        if str(result["config"]["task_name"]) not in TASKS:
+            _know_task(folder, read_json(Path(folder)/"config.json"))
+        _check_settings(result["config"])
     except (BadInput, ValidationError, KeyError): return None
     return result
 

@@ -56,8 +56,12 @@ def submit(study:str, outputs="outputs",
            fill:bool=False       # answer with the majority where nothing else can
           ) -> Path:             # the zip; the TSVs and manifest.json lie beside it
     "Make the GLUE submission of a study's best runs; `BadInput` names what is missing."
-    chosen = choose(load_runs(study, outputs), method)
-    if not chosen: raise BadInput(f"study {study!r} has no finished run")
+    found = choose(load_runs(study, outputs), method)
+    if not found: raise BadInput(f"study {study!r} has no finished run")
+    chosen = {task: run for task, run in found.items() if task in TASKS}
+    if not chosen:
+        raise BadInput(f"study {study!r} has no run of a GLUE task; what runs of your own tasks predict is in their "
+                       "folders, as predictions/test.tsv")
     runs = {t: Path(outputs)/study/"runs"/run.run_id for t, run in chosen.items()}
     for t, run in chosen.items(): run["data"] = read_config(runs[t]).data   # where it lies, seen from here
     sources = {s.submission: (t, s.name, run if (run := chosen.get(t.name)) is not None and has_split(t, s.name, run.data) else None)

@@ -14,7 +14,7 @@ import math, os, random, re, sys, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from .checkpoint import drop_checkpoint, load_checkpoint, save_checkpoint
-from .config import RunConfig
+from .config import RunConfig, own_optimizer
 from .data import bad_rows, collate, has_split, hold_back, load_tokenizer, read_split, tokenise, train_batches
 from .files import read_text
 from .glue import BadInput, get_task, score, splits
@@ -74,10 +74,12 @@ def train_step(model, batch, optimizer, scheduler, accelerator, max_grad_norm:fl
 
 # %% ../nbs/08_train.ipynb #a07d059d
 def make_optimizer(model, config:RunConfig, steps:int):
-    "AdamW and its schedule. Neither is prepared by accelerate, which would step the schedule once per process."
+    "The optimiser and its schedule. Neither is prepared by accelerate, which would step the schedule once per process."
     from torch.optim import AdamW
     from transformers import get_linear_schedule_with_warmup
-    optimizer = AdamW(config.method.groups(model, config.lr, config.weight_decay), betas=config.betas, eps=config.eps, fused=True)
+    groups = config.method.groups(model, config.lr, config.weight_decay)
+    if config.optimizer == "adamw": optimizer = AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+    else: optimizer = own_optimizer(config.optimizer, groups)
     return optimizer, get_linear_schedule_with_warmup(optimizer, int(config.warmup_ratio * steps), steps)
 
 # %% ../nbs/08_train.ipynb #259b03f7

@@ -8,7 +8,6 @@ from peft_study import runs, sweep, train
 from peft_study.glue import BadInput, METRICS, get_task, score
 from peft_study.runs import cores, hold, holder, provenance
 from peft_study.speed import speed_up
-from peft_study.statistics import ALONG
 
 # --- scores
 
@@ -19,8 +18,8 @@ def test_a_constant_has_no_correlation(value, dtype):
     labels = np.random.default_rng(0).uniform(0, 5, 1500)
     for p in (np.full(1500, value, dtype), np.where(np.arange(1500) % 64 < 9, np.float32(value), np.nextafter(np.float32(value), np.float32(9)))):
         assert score(get_task("stsb"), p, labels) == dict(pearson=0., spearman=0., score=0.)
-        for metric in ("pearson", "spearman"): assert ALONG[metric](np.stack([p, labels]), labels[None]).tolist() == [0., pytest.approx(1)]
-    assert METRICS["matthews"](np.ones(9, int), np.arange(9) % 2) == ALONG["matthews"](np.ones(9, int), np.arange(9) % 2) == 0
+        for metric in ("pearson", "spearman"): assert METRICS[metric].along(np.stack([p, labels]), labels[None]).tolist() == [0., pytest.approx(1)]
+    assert METRICS["matthews"](np.ones(9, int), np.arange(9) % 2) == METRICS["matthews"].along(np.ones(9, int), np.arange(9) % 2) == 0
 
 
 def test_not_a_number_has_no_score():
