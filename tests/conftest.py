@@ -5,14 +5,20 @@ from peft_study.data import glue_folder
 
 REPO = Path(__file__).parents[1]
 QUICK = "--checkpoint minilm --data demo --max-train-examples 64 --max-eval-examples 32 --n-epochs 1".split()
+PROGRAM = [sys.executable, "-c", "from peft_study.cli import main; main()"]
+
+
+def flags(**given):
+    "`--name value` for each setting, as the command line has it."
+    return [word for name, value in given.items() for word in ("--" + name.replace("_", "-"), str(value))]
 
 
 @pytest.fixture
 def command(tmp_path):
     "Run `peft-study …` in the repository, with results in a folder of the test's own: code, stdout, stderr."
     def run(*args, outputs=tmp_path/"outputs", cwd=REPO, takes_outputs=True, **kw):
-        args = [sys.executable, "-c", "from peft_study.cli import main; main()", *map(str, args)]
-        done = subprocess.run(args + (["--outputs", str(outputs)] if takes_outputs else []), capture_output=True, text=True, cwd=cwd, **kw)
+        where = ["--outputs", outputs] if takes_outputs else []
+        done = subprocess.run([*PROGRAM, *map(str, [*args, *where])], capture_output=True, text=True, cwd=cwd, **kw)
         return done.returncode, done.stdout, done.stderr
     return run
 
@@ -32,20 +38,39 @@ def tiny(tmp_path_factory):
     from transformers import BertConfig, BertForMaskedLM
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    BertForMaskedLM(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).save_pretrained(folder)
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    BertForMaskedLM(config).save_pretrained(folder)
     load_tokenizer("minilm").save_pretrained(folder)
     return folder
+
+
+EIGHT = """
+[eight]
+task_name = cola
+data = demo
+checkpoint = {checkpoint}
+max_train_examples = 640
+max_eval_examples = 40
+n_epochs = 5
+seed = 0 1
+[eight.lora]
+rank = 1 2
+[eight.adapter]
+bottleneck_size = 2
+[eight.full]
+top_k = 1
+"""
 
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory, tiny):
     "A function that starts `peft-study study eight`, eight short runs, in its `folder`, results in NAME."
     folder = tmp_path_factory.mktemp("study")
-    (folder/"settings.ini").write_text(f"[eight]\ntask_name = cola\ndata = demo\ncheckpoint = {tiny}\nmax_train_examples = 640\nmax_eval_examples = 40\nn_epochs = 5\n"
-                                       "seed = 0 1\n[eight.lora]\nrank = 1 2\n[eight.adapter]\nbottleneck_size = 2\n[eight.full]\ntop_k = 1\n")
-    def start(name, *flags, env={}):
-        return subprocess.Popen([sys.executable, "-c", "from peft_study.cli import main; main()", "study", "eight", "--outputs", name, "--checkpoint-minutes", "0", *flags],
-                                cwd=folder, env=os.environ | dict(OMP_NUM_THREADS="1") | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    (folder/"settings.ini").write_text(EIGHT.format(checkpoint=tiny))
+    def start(name, *more, env={}):
+        command = [*PROGRAM, "study", "eight", *flags(outputs=name, checkpoint_minutes=0), *more]
+        return subprocess.Popen(command, cwd=folder, env=os.environ | dict(OMP_NUM_THREADS="1") | env,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     start.folder = folder
     return start
 
@@ -60,11 +85,13 @@ def undisturbed(study):
 
 def findings(outputs):
     "What a run must find again: losses, scores and bytes, by run."
-    found = {}
+    timing, found = ("examples_per_second", "seconds_left"), {}
     for folder in sorted((outputs/"eight/runs").iterdir()):
-        metrics = [{k: v for k, v in json.loads(line).items() if k not in ("examples_per_second", "seconds_left")} for line in (folder/"metrics.jsonl").read_text().splitlines()]
-        found[folder.name] = (metrics, json.loads((folder/"result.json").read_text())["dev"], (folder/"adapter/adapter_model.safetensors").read_bytes(),
-                              (folder/"predictions/test.tsv").read_bytes())
+        lines = map(json.loads, (folder/"metrics.jsonl").read_text().splitlines())
+        metrics = [{k: v for k, v in line.items() if k not in timing} for line in lines]
+        scores = json.loads((folder/"result.json").read_text())["dev"]
+        files = [(folder/name).read_bytes() for name in ("adapter/adapter_model.safetensors", "predictions/test.tsv")]
+        found[folder.name] = (metrics, scores, *files)
     return found
 
 

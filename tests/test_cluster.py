@@ -13,7 +13,8 @@ def test_node_removed(study, undisturbed):
         second = cluster.add_node(num_cpus=1)
         child = study("ray", "--engine", "ray", env=dict(RAY_ADDRESS=cluster.address))
         end = time.time() + 180
-        while len(list(study.folder.glob("ray/eight/runs/*/metrics.jsonl"))) < 2 and time.time() < end and child.poll() is None: time.sleep(.1)
+        def begun(): return len(list(study.folder.glob("ray/eight/runs/*/metrics.jsonl")))
+        while begun() < 2 and time.time() < end and child.poll() is None: time.sleep(.1)
         assert len(list(study.folder.glob("ray/eight/runs/*/result.json"))) < 8
         cluster.remove_node(second, allow_graceful=False)
         out, _ = child.communicate(timeout=400)

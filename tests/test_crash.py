@@ -1,14 +1,16 @@
-"Studies that are killed, crowded, or run out of disk and memory: every run once, nothing finished lost, the same bits."
+"Studies that are killed, crowded, or run out of disk or memory: every run once, nothing finished lost, the same bits."
 import json, os, random, resource, signal, time
-import psutil, pytest
-from conftest import descendants, findings
+import psutil
+from conftest import descendants, findings, flags
 from peft_study.runs import hold
 
 
 def results(folder): return {f.parent.name: f.stat().st_mtime_ns for f in folder.glob("eight/runs/*/result.json")}
 
 
-def progress(folder): return sum(len(f.read_bytes()) for f in folder.glob("eight/runs/*/metrics.jsonl")) if folder.exists() else 0
+def progress(folder):
+    if not folder.exists(): return 0
+    return sum(len(f.read_bytes()) for f in folder.glob("eight/runs/*/metrics.jsonl"))
 
 
 def test_killed_ten_times(study, undisturbed):
@@ -29,10 +31,23 @@ def test_killed_ten_times(study, undisturbed):
     out, _ = child.communicate()
     assert child.returncode == 0, out
     assert findings(folder) == undisturbed
-    resumed = sum(bool(json.loads(f.read_text())["provenance"]["resumed"]) for f in folder.glob("eight/runs/*/result.json"))
+    found = [json.loads(f.read_text()) for f in folder.glob("eight/runs/*/result.json")]
+    resumed = sum(bool(result["provenance"]["resumed"]) for result in found)
     print(f"after ten kills {len(seen)} of 8 runs were finished; {resumed} went on from a checkpoint")
     assert resumed >= 2
     assert not list(folder.glob("eight/runs/*/checkpoint")) and not list(folder.glob("eight/runs/*/.*.tmp"))
+
+
+def kill_a_trainer(folder) -> bool:
+    "Kill the first kernel that has trained and is not finished; whether there was one."
+    for lock in folder.glob("eight/runs/*/.train.lock"):
+        pid = lock.read_text().split(" ")[0]
+        trains = (lock.parent/"metrics.jsonl").exists() and not (lock.parent/"result.json").exists()
+        if not trains or not pid: continue
+        try: psutil.Process(int(pid)).kill()
+        except psutil.NoSuchProcess: continue
+        return True
+    return False
 
 
 def test_kernels_killed_and_sweeps_crowding(study, undisturbed):
@@ -41,11 +56,7 @@ def test_kernels_killed_and_sweeps_crowding(study, undisturbed):
     children = [study("crowded") for _ in range(2)]
     killed = False
     while any(c.poll() is None for c in children):
-        if not killed:
-            for lock in folder.glob("eight/runs/*/.train.lock"):
-                if list(lock.parent.glob("metrics.jsonl")) and not (lock.parent/"result.json").exists() and (pid := lock.read_text().split(" ")[0]):
-                    try: psutil.Process(int(pid)).kill(); killed = True; break
-                    except psutil.NoSuchProcess: pass
+        if not killed: killed = kill_a_trainer(folder)
         time.sleep(.05)
     outs = [c.communicate()[0] for c in children]
     assert killed and [c.returncode for c in children] == [0, 0], outs
@@ -56,10 +67,13 @@ def test_kernels_killed_and_sweeps_crowding(study, undisturbed):
 
 def test_kernels_die_with_their_sweep(study):
     child = study("gone")
-    while not list(study.folder.glob("gone/eight/runs/*/metrics.jsonl")): time.sleep(.1); assert child.poll() is None
+    while not list(study.folder.glob("gone/eight/runs/*/metrics.jsonl")):
+        time.sleep(.1)
+        assert child.poll() is None
     processes = descendants(child.pid)
     assert len(processes) >= 4   # the sweep, the fork server, the run, its kernel
-    child.kill(); child.communicate()
+    child.kill()
+    child.communicate()
     gone, alive = psutil.wait_procs(processes, timeout=5)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
@@ -67,7 +81,9 @@ def test_kernels_die_with_their_sweep(study):
 def test_interrupted(study):
     "Ctrl-C: one line, code 130, no process left; what is finished is in results.csv."
     child = study("interrupted")
-    while not results(study.folder/"interrupted"): time.sleep(.05); assert child.poll() is None
+    while not results(study.folder/"interrupted"):
+        time.sleep(.05)
+        assert child.poll() is None
     processes = descendants(child.pid)
     os.killpg(child.pid, signal.SIGINT)
     out, _ = child.communicate(timeout=20)
@@ -77,8 +93,9 @@ def test_interrupted(study):
     assert "done" in (study.folder/"interrupted/eight/results.csv").read_text()
 
 
-def run_of(tiny, **more): return ["run", "--task", "cola", "--method", "lora", "--checkpoint", tiny, "--data", "demo", "--max-train-examples", "96", "--max-eval-examples", "20", "--epochs", "2",
-                                  *[x for k, v in more.items() for x in (f"--{k}", v)]]
+def run_of(tiny, **more):
+    short = dict(max_train_examples=96, max_eval_examples=20, epochs=2)
+    return ["run", *flags(**dict(task="cola", method="lora", checkpoint=tiny, data="demo") | short | more)]
 
 
 def the_run(outputs): return next((outputs/"adhoc/runs").iterdir())
@@ -91,17 +108,21 @@ def test_in_use(command, tiny, tmp_path):
     (folder/"result.json").unlink()
     with hold(folder, "notebook"):
         code, out, err = command(*run_of(tiny))
-    assert code == 2 and f"{folder.name} is being run by process {os.getpid()} on" in err and len(err.strip().splitlines()) == 1
+    assert code == 2 and f"{folder.name} is being run by process {os.getpid()} on" in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_damaged_files(command, tiny, tmp_path):
-    "A corrupted result, a truncated checkpoint, a lock and half-written files that a crash left: the run is done again, with the same bytes."
+    """A corrupted result, a truncated checkpoint, a lock and half-written files that a crash left: the run is done
+    again, with the same bytes."""
     assert command(*run_of(tiny))[0] == 0
     folder = the_run(tmp_path/"outputs")
     weights = (folder/"adapter/adapter_model.safetensors").read_bytes()
     (folder/"result.json").write_text('{"score": 0.8, "de')
-    (folder/"checkpoint").mkdir(); (folder/"checkpoint/state.pt").write_bytes(b"PK" * 100)
-    (folder/".train.lock").write_text("999999 on elsewhere"); (folder/".result.json.77.tmp").write_text("{")
+    (folder/"checkpoint").mkdir()
+    (folder/"checkpoint/state.pt").write_bytes(b"PK" * 100)
+    (folder/".train.lock").write_text("999999 on elsewhere")
+    (folder/".result.json.77.tmp").write_text("{")
     assert "unfinished" in command("list")[1]
     code, out, err = command(*run_of(tiny))
     assert code == 0 and (folder/"adapter/adapter_model.safetensors").read_bytes() == weights
@@ -110,7 +131,8 @@ def test_damaged_files(command, tiny, tmp_path):
 
 
 def test_disk_full(command, tiny, tmp_path):
-    "No file may grow beyond 100 kB, as on a full disk: a message that says so, no result; with room, the run ends as it should."
+    """No file may grow beyond 100 kB, as on a full disk: a message that says so, no result; with room, the run ends
+    as it should."""
     def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     full = run_of(tiny, method="full")
     code, out, err = command(*full, preexec_fn=limit)
@@ -127,7 +149,8 @@ class Hungry(LoRA):
     "Runs out of memory on batches of more than 10."
     def inject(self, model, sites):
         def eat(module, args, kwargs):
-            if module.training and kwargs["input_ids"].shape[0] > 10: raise torch.OutOfMemoryError("out of memory, said the test")
+            too_many = module.training and kwargs["input_ids"].shape[0] > 10
+            if too_many: raise torch.OutOfMemoryError("out of memory, said the test")
         model.register_forward_pre_hook(eat, with_kwargs=True)
         return super().inject(model, sites)
 """
@@ -135,7 +158,8 @@ class Hungry(LoRA):
 
 def test_out_of_memory(command, tiny, tmp_path):
     (tmp_path/"hungry.py").write_text(HUNGRY)
-    code, out, err = command(*run_of(tiny, method="hungry:Hungry"), env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    env = os.environ | dict(PYTHONPATH=str(tmp_path))
+    code, out, err = command(*run_of(tiny, method="hungry:Hungry"), env=env)
     assert code == 0, err
     folder = the_run(tmp_path/"outputs")
     assert json.loads((folder/"result.json").read_text())["cost"]["batch_parts"] == 4

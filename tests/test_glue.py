@@ -1,12 +1,14 @@
 "Real GLUE data: every split loads with its official number of rows, and one run of each kind of task goes through."
 import json
 import pytest
+from conftest import flags
 from peft_study.data import has_split, read_split
 from peft_study.glue import TASKS, splits
 
 # train, dev, test; QNLI, MNLI and QQP are samples in the folder the tests are written for
-ROWS = dict(cola=(8551, 1043, 1063), sst2=(67349, 872, 1821), mrpc=(3668, 408, 1725), stsb=(5749, 1500, 1379), rte=(2490, 277, 3000),
-            wnli=(635, 71, 146), qnli=(None, 5463, 5463), mnli=(None, 9815, None), qqp=(None, None, None))
+ROWS = dict(cola=(8551, 1043, 1063), sst2=(67349, 872, 1821), mrpc=(3668, 408, 1725), stsb=(5749, 1500, 1379),
+            rte=(2490, 277, 3000), wnli=(635, 71, 146), qnli=(None, 5463, 5463), mnli=(None, 9815, None),
+            qqp=(None, None, None))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -29,8 +31,8 @@ def test_diagnostic(glue):
 
 @pytest.mark.parametrize("task, method", [("stsb", "adapter"), ("cola", "full"), ("mnli", "lora")])
 def test_short_run(command, glue, tmp_path, task, method):
-    code, out, err = command("run", "--task", task, "--data", glue, "--checkpoint", "minilm", "--method", method, "--max-train-examples", "64",
-                             "--max-eval-examples", "40", "--epochs", "1")
+    short = flags(max_train_examples=64, max_eval_examples=40, epochs=1)
+    code, out, err = command("run", *flags(task=task, data=glue, checkpoint="minilm", method=method), *short)
     assert code == 0, err
     (folder,) = (tmp_path/"outputs/adhoc/runs").iterdir()
     result = json.loads((folder/"result.json").read_text())

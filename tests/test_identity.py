@@ -6,12 +6,16 @@ from peft_study.config import RunConfig
 from peft_study.methods.core import find_method, method_names
 from peft_study.runs import code_files
 
-# A default that is changed gives finished runs another meaning under the same name. New settings come with a default that is as before.
-COMMON = dict(study="adhoc", checkpoint="bert-base-uncased", data="hub", n_epochs=3, lr=None, batch_size=32, optimizer="adamw", betas=(.9, .999), eps=1e-6, weight_decay=.01,
-              warmup_ratio=.1, max_grad_norm=1., max_length=128, precision="fp32", seed=0, keep="last", tune_share=0., train_pooler=False,
+# A default that is changed gives finished runs another meaning under the same name. New settings come with a default
+# that is as before.
+COMMON = dict(study="adhoc", checkpoint="bert-base-uncased", data="hub", n_epochs=3, lr=None, batch_size=32,
+              optimizer="adamw", betas=(.9, .999), eps=1e-6, weight_decay=.01, warmup_ratio=.1, max_grad_norm=1.,
+              max_length=128, precision="fp32", seed=0, keep="last", tune_share=0., train_pooler=False,
               cache_frozen=False, max_train_examples=None, max_eval_examples=None, max_steps=None, skip_bad_rows=0)
+LORA = dict(rank=8, alpha=None, targets=("query", "value"), lora_dropout=0., rslora=False, dora=False, lora_plus=1.)
+ADAPTER = dict(bottleneck_size=64, nonlinearity="gelu", init="near", placement="houlsby")
 METHODS = dict( # default learning rate, settings, and the identity of a run with nothing but defaults
-    adapter=(1e-3, dict(bottleneck_size=64, nonlinearity="gelu", init="near", placement="houlsby"), "rte-adapter-m64-s0-b832ed0f"),
+    adapter=(1e-3, ADAPTER, "rte-adapter-m64-s0-b832ed0f"),
     bitfit=(2e-3, {}, "rte-bitfit-all-s0-b4f6708d"),
     full=(2e-5, dict(top_k=None), "rte-full-all-s0-ff0b9881"),
     head=(5e-3, {}, "rte-head-all-s0-132058fb"),
@@ -21,12 +25,13 @@ METHODS = dict( # default learning rate, settings, and the identity of a run wit
     hf_prompt=(1e-2, dict(prompt_length=20), "rte-hf_prompt-n20-s0-7eb9a30d"),
     ia3=(5e-3, {}, "rte-ia3-all-s0-b982f8cc"),
     layernorm=(2e-3, {}, "rte-layernorm-all-s0-8e47c225"),
-    lora=(1e-3, dict(rank=8, alpha=None, targets=("query", "value"), lora_dropout=0., rslora=False, dora=False, lora_plus=1.), "rte-lora-r8-s0-c3115367"),
+    lora=(1e-3, LORA, "rte-lora-r8-s0-c3115367"),
     prefix=(1e-2, dict(prefix_length=10, reparam=None), "rte-prefix-n10-s0-f0871133"),
     prompt=(1e-2, dict(prompt_length=20, read="cls"), "rte-prompt-n20-s0-48b44b09"))
 
 
-def defaults(model): return {name: field.default for name, field in model.model_fields.items() if not field.is_required()}
+def defaults(model):
+    return {name: field.default for name, field in model.model_fields.items() if not field.is_required()}
 
 
 def test_common_defaults(): assert defaults(RunConfig) == COMMON
@@ -47,17 +52,20 @@ TRAIN = """
 import sys
 from peft_study.config import RunConfig
 from peft_study.train import train
-train([RunConfig(task_name="cola", method="lora", data="demo", checkpoint=sys.argv[1], max_train_examples=32, max_eval_examples=8, n_epochs=1)], sys.argv[2])
+short = dict(max_train_examples=32, max_eval_examples=8, n_epochs=1)
+train([RunConfig(task_name="cola", method="lora", data="demo", checkpoint=sys.argv[1], **short)], sys.argv[2])
 print(*[m for m in sys.modules if m.startswith("peft_study.")])
 """
 
 
 def test_code_version_has_what_decides(tiny, tmp_path):
     "All that a run imports is in the fingerprint, but for what only keeps its files."
-    done = subprocess.run([sys.executable, "-c", TRAIN, str(tiny), str(tmp_path)], capture_output=True, text=True, cwd=REPO)
+    command = [sys.executable, "-c", TRAIN, str(tiny), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, done.stderr
     imported = {m.partition(".")[2] for m in done.stdout.splitlines()[-1].split()} - {"methods", "runs", "checkpoint"}
     package = REPO/"peft_study"
     hashed = {".".join(f.relative_to(package).with_suffix("").parts) for f in code_files()}
     assert imported <= hashed, "a module that training imports is not in runs.code_files"
-    assert {m for m in hashed - imported if not m.startswith("methods.")} == set(), "runs.code_files has a module that training does not import"
+    idle = {m for m in hashed - imported if not m.startswith("methods.")}
+    assert idle == set(), "runs.code_files has a module that training does not import"

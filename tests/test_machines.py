@@ -3,7 +3,7 @@ import errno, fcntl, json, math, os, subprocess, sys
 from contextlib import ExitStack
 from unittest.mock import patch
 import numpy as np, pytest, torch
-from conftest import REPO
+from conftest import REPO, flags
 from peft_study import runs, sweep, train
 from peft_study.glue import BadInput, METRICS, get_task, score
 from peft_study.runs import cores, hold, holder, provenance
@@ -16,15 +16,21 @@ from peft_study.speed import speed_up
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_constant_has_no_correlation(value, dtype):
     labels = np.random.default_rng(0).uniform(0, 5, 1500)
-    for p in (np.full(1500, value, dtype), np.where(np.arange(1500) % 64 < 9, np.float32(value), np.nextafter(np.float32(value), np.float32(9)))):
+    neighbour = np.nextafter(np.float32(value), np.float32(9))
+    rounded = np.where(np.arange(1500) % 64 < 9, np.float32(value), neighbour)
+    for p in (np.full(1500, value, dtype), rounded):
         assert score(get_task("stsb"), p, labels) == dict(pearson=0., spearman=0., score=0.)
-        for metric in ("pearson", "spearman"): assert METRICS[metric].along(np.stack([p, labels]), labels[None]).tolist() == [0., pytest.approx(1)]
-    assert METRICS["matthews"](np.ones(9, int), np.arange(9) % 2) == METRICS["matthews"].along(np.ones(9, int), np.arange(9) % 2) == 0
+        for metric in ("pearson", "spearman"):
+            along = METRICS[metric].along(np.stack([p, labels]), labels[None])
+            assert along.tolist() == [0., pytest.approx(1)]
+    matthews, ones, halves = METRICS["matthews"], np.ones(9, int), np.arange(9) % 2
+    assert matthews(ones, halves) == matthews.along(ones, halves) == 0
 
 
 def test_not_a_number_has_no_score():
     for bad in (math.nan, math.inf):
-        with pytest.raises(FloatingPointError, match="STS-B: 1 of 3 predictions are not finite"): score(get_task("stsb"), [1., bad, 2.], [1., 2., 3.])
+        with pytest.raises(FloatingPointError, match="STS-B: 1 of 3 predictions are not finite"):
+            score(get_task("stsb"), [1., bad, 2.], [1., 2., 3.])
 
 
 NAN = """
@@ -43,9 +49,12 @@ class Fragile(LoRA):
 def test_outputs_that_are_no_numbers_fail_the_run(command, tiny, tmp_path):
     "Also where another process finds it."
     (tmp_path/"fragile.py").write_text(NAN)
-    code, out, err = command("run", "--task", "cola", "--method", "fragile:Fragile", "--checkpoint", tiny, "--data", "demo", "--max-train-examples", "32",
-                             "--max-eval-examples", "8", "--epochs", "1", "--processes", "2", env=os.environ | dict(PYTHONPATH=f"{tmp_path}:{REPO}"))
-    assert code == 1 and "the model's outputs are not finite for 8 of 8 examples" in err and "Traceback" not in err, err
+    short = flags(max_train_examples=32, max_eval_examples=8, epochs=1, processes=2)
+    given = flags(task="cola", method="fragile:Fragile", checkpoint=tiny, data="demo")
+    env = os.environ | dict(PYTHONPATH=f"{tmp_path}:{REPO}")
+    code, out, err = command("run", *given, *short, env=env)
+    assert code == 1 and "the model's outputs are not finite for 8 of 8 examples" in err, err
+    assert "Traceback" not in err, err
     (folder,) = (tmp_path/"outputs/adhoc/runs").iterdir()
     assert not (folder/"result.json").exists() and sweep.diverged(folder)
 
@@ -53,21 +62,30 @@ def test_outputs_that_are_no_numbers_fail_the_run(command, tiny, tmp_path):
 # --- what other jobs have left in the environment
 
 
-LEFT_OVER = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="10.255.255.1", MASTER_PORT="29500", TORCHELASTIC_RUN_ID="x",
-                 ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4", ACCELERATE_MIXED_PRECISION="fp8", ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_USE_FSDP="true",
-                 ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_USE_CPU="true", ACCELERATE_TORCH_DEVICE="meta", ACCELERATE_USE_MEGATRON_LM="true",
-                 ACCELERATE_USE_PARALLELISM_CONFIG="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true", PET_NNODES="2", PET_NPROC_PER_NODE="8", PMI_SIZE="4",
-                 OMPI_COMM_WORLD_SIZE="4", FORK_LAUNCHED="1")
+LEFT_OVER = dict(
+    WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="10.255.255.1", MASTER_PORT="29500",
+    TORCHELASTIC_RUN_ID="x", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4", ACCELERATE_MIXED_PRECISION="fp8",
+    ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_USE_FSDP="true", ACCELERATE_DYNAMO_BACKEND="INDUCTOR",
+    ACCELERATE_USE_CPU="true", ACCELERATE_TORCH_DEVICE="meta", ACCELERATE_USE_MEGATRON_LM="true",
+    ACCELERATE_USE_PARALLELISM_CONFIG="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true", PET_NNODES="2",
+    PET_NPROC_PER_NODE="8", PMI_SIZE="4", OMPI_COMM_WORLD_SIZE="4", FORK_LAUNCHED="1")
+
+TRAIN = """
+import sys
+from peft_study.config import RunConfig
+from peft_study.train import train
+short = dict(max_train_examples=64, max_eval_examples=8, n_epochs=1)
+config = RunConfig(task_name="cola", method="lora", data="demo", checkpoint=sys.argv[1], **short)
+train([config], sys.argv[2], processes=int(sys.argv[3]))
+"""
 
 
 def test_leftovers_change_nothing(tiny, tmp_path):
     "Runs in one process have the same bytes; a run in two has its own two, and neither waits for others."
-    code = ("import sys; from peft_study.config import RunConfig; from peft_study.train import train\n"
-            "train([RunConfig(task_name='cola', method='lora', data='demo', checkpoint=sys.argv[1], max_train_examples=64, max_eval_examples=8, n_epochs=1)],"
-            " sys.argv[2], processes=int(sys.argv[3]))")
     found = []
     for name, more, processes in (("clean", {}, 1), ("left", LEFT_OVER, 1), ("two", LEFT_OVER, 2)):
-        done = subprocess.run([sys.executable, "-c", code, str(tiny), str(tmp_path/name), str(processes)], env=os.environ | more, capture_output=True, text=True, cwd=REPO, timeout=200)
+        command = [sys.executable, "-c", TRAIN, str(tiny), str(tmp_path/name), str(processes)]
+        done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, cwd=REPO, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
         (folder,) = (tmp_path/name/"adhoc/runs").iterdir()
         assert json.loads((folder/"result.json").read_text())["provenance"]["processes"] == processes
@@ -79,11 +97,14 @@ def test_leftovers_change_nothing(tiny, tmp_path):
 
 
 def test_lock_on_nfs(tmp_path):
-    "NFSv4 makes byte-range locks of flock: one's own needs a file open for writing, a shared one a file open for reading."
+    """NFSv4 makes byte-range locks of flock: one's own needs a file open for writing, a shared one a file open for
+    reading."""
     real = fcntl.flock
     def flock(f, operation):
         mode = fcntl.fcntl(f, fcntl.F_GETFL) & os.O_ACCMODE
-        if operation & fcntl.LOCK_EX and mode == os.O_RDONLY or operation & fcntl.LOCK_SH and mode == os.O_WRONLY: raise OSError(errno.EBADF, "Bad file descriptor")
+        needs_other = {fcntl.LOCK_EX: os.O_RDONLY, fcntl.LOCK_SH: os.O_WRONLY}
+        if any(operation & lock and mode == other for lock, other in needs_other.items()):
+            raise OSError(errno.EBADF, "Bad file descriptor")
         return real(f, operation)
     with patch("fcntl.flock", flock):
         assert holder(tmp_path) is None
@@ -106,16 +127,20 @@ def test_file_system_without_locks(tmp_path, number):
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), MemoryError(), RuntimeError("CUDA error: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"), RuntimeError("std::bad_alloc"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), MemoryError(),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+    RuntimeError("std::bad_alloc"),
     OSError(errno.ENOMEM, "Cannot allocate memory"), "[rank1]: torch.AcceleratorError: CUDA error: out of memory",
     np._core._exceptions._ArrayMemoryError((1 << 40,), np.dtype(float))], ids=str)
 def test_words_for_out_of_memory(error): assert train.is_out_of_memory(error)
 
 
 def test_other_words():
-    for error in (RuntimeError("CUDA error: an illegal memory access was encountered"), OSError(errno.ENOSPC, "No space left on device"), ValueError("parts")):
+    illegal = RuntimeError("CUDA error: an illegal memory access was encountered")
+    for error in (illegal, OSError(errno.ENOSPC, "No space left on device"), ValueError("parts")):
         assert not train.is_out_of_memory(error)
 
 
@@ -127,7 +152,9 @@ def test_a_neighbours_memory(tmp_path, free, ours, tried):
         calls.append(parts)
         if len(calls) == 1: raise torch.OutOfMemoryError("CUDA out of memory")
     with ExitStack() as stack:
-        for name, value in dict(is_available=True, is_initialized=True, mem_get_info=(free, 80), memory_reserved=ours, empty_cache=None).items():
+        gpu = dict(is_available=True, is_initialized=True, empty_cache=None)
+        gpu |= dict(mem_get_info=(free, 80), memory_reserved=ours)
+        for name, value in gpu.items():
             stack.enter_context(patch(f"torch.cuda.{name}", lambda *a, value=value: value))
         train.with_less_memory(attempt, tmp_path, 32, pause=0)
     assert calls == tried
@@ -139,7 +166,8 @@ def test_a_neighbours_memory(tmp_path, free, ours, tried):
 def test_more_processes_than_gpus():
     for gpus, processes in ((0, 4), (4, 4)):
         with patch("torch.cuda.device_count", lambda: gpus): train.check_processes(processes)
-    with patch("torch.cuda.device_count", lambda: 2), pytest.raises(BadInput, match="processes must be at most the number of GPUs, 2, got 4"): train.train([], processes=4)
+    too_many = pytest.raises(BadInput, match="processes must be at most the number of GPUs, 2, got 4")
+    with patch("torch.cuda.device_count", lambda: 2), too_many: train.train([], processes=4)
 
 
 @pytest.mark.parametrize("gpus", [0, 2])
@@ -151,14 +179,16 @@ def test_torchrun_starts_the_processes(tmp_path, gpus):
         def __init__(self, command, env, **kw): started.update(command=command, env=env)
         def poll(self): return 1
         def terminate(self): pass
-    with patch("subprocess.Popen", Child), patch("torch.cuda.device_count", lambda: gpus), patch.dict(os.environ, LEFT_OVER), pytest.raises(RuntimeError, match="training in 2 processes failed"):
+    with (patch("subprocess.Popen", Child), patch("torch.cuda.device_count", lambda: gpus),
+          patch.dict(os.environ, LEFT_OVER), pytest.raises(RuntimeError, match="training in 2 processes failed")):
         train.launch(tmp_path, 2, print)
     assert started["command"][1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     assert LEFT_OVER.keys() & started["env"].keys() == (set() if gpus else {"ACCELERATE_USE_CPU"})
 
 
 def test_buffers_are_not_broadcast(tmp_path):
-    with patch("accelerate.Accelerator", side_effect=KeyboardInterrupt) as accelerator, pytest.raises(KeyboardInterrupt):
+    stopped = patch("accelerate.Accelerator", side_effect=KeyboardInterrupt)
+    with stopped as accelerator, pytest.raises(KeyboardInterrupt):
         train.run(train.RunConfig(task_name="cola", method="lora"), tmp_path, print)
     (ddp,) = accelerator.call_args.kwargs["kwargs_handlers"]
     assert ddp.to_kwargs() == dict(broadcast_buffers=False)
@@ -181,14 +211,18 @@ def test_precision_is_what_it_says(cuda_switches):
 
 
 def test_tf32_needs_its_hardware(command, tiny, tmp_path):
-    code, out, err = command("run", "--task", "cola", "--method", "lora", "--data", "demo", "--checkpoint", tiny, "--precision", "tf32")
-    assert code == 2 and "precision 'tf32' needs an NVIDIA GPU" in err and len(err.strip().splitlines()) == 1 and not (tmp_path/"outputs").exists(), err
+    given = flags(task="cola", method="lora", data="demo", checkpoint=tiny, precision="tf32")
+    code, out, err = command("run", *given)
+    assert code == 2 and "precision 'tf32' needs an NVIDIA GPU" in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path/"outputs").exists()
     config = {p: train.RunConfig(task_name="cola", method="lora", precision=p) for p in ("fp32", "tf32")}
     assert config["fp32"].run_id != config["tf32"].run_id
 
 
 WHOLE = "GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6)\nGPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-4c7b1f54)\n"
-PARTS = ("GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6)\n  MIG 3g.20gb     Device  0: (UUID: MIG-7089d0f3)\n  MIG 3g.20gb     Device  1: (UUID: MIG-56c30729)\n"
+PARTS = ("GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6)\n"
+         "  MIG 3g.20gb     Device  0: (UUID: MIG-7089d0f3)\n"
+         "  MIG 3g.20gb     Device  1: (UUID: MIG-56c30729)\n"
          "GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-4c7b1f54)\n")
 
 
@@ -206,14 +240,20 @@ def nvidia(monkeypatch):
     sweep.gpu_trouble.cache_clear()
 
 
-def old_driver(): raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040)."
+
+def old_driver(): raise RuntimeError(f"{TOO_OLD}\nPlease update")
 
 
 @pytest.mark.parametrize("machine, devices, trouble", [
-    (dict(listed=WHOLE), ["GPU-5d5ba0d6", "GPU-4c7b1f54"], None), (dict(listed=PARTS), ["MIG-7089d0f3", "MIG-56c30729", "GPU-4c7b1f54"], None),
-    (dict(listed=WHOLE, visible="1"), ["1"], None), (dict(listed=WHOLE, visible="", cuda=None), ["cpu"], None), (dict(listed="", cuda=None), ["cpu"], None),
-    (dict(listed=WHOLE, cuda=None), ["cpu"], "is built without CUDA"), (dict(listed=WHOLE, visible="0,1", cuda=None), ["cpu"], "is built without CUDA"),
-    (dict(listed=WHOLE, init=old_driver), ["cpu"], "which torch cannot use: The NVIDIA driver on your system is too old (found version 11040).")],
+    (dict(listed=WHOLE), ["GPU-5d5ba0d6", "GPU-4c7b1f54"], None),
+    (dict(listed=PARTS), ["MIG-7089d0f3", "MIG-56c30729", "GPU-4c7b1f54"], None),
+    (dict(listed=WHOLE, visible="1"), ["1"], None),
+    (dict(listed=WHOLE, visible="", cuda=None), ["cpu"], None),
+    (dict(listed="", cuda=None), ["cpu"], None),
+    (dict(listed=WHOLE, cuda=None), ["cpu"], "is built without CUDA"),
+    (dict(listed=WHOLE, visible="0,1", cuda=None), ["cpu"], "is built without CUDA"),
+    (dict(listed=WHOLE, init=old_driver), ["cpu"], f"which torch cannot use: {TOO_OLD}")],
     ids=["whole", "mig", "chosen", "none-wanted", "none", "cpu-build", "cpu-build-chosen", "old-driver"])
 def test_devices(nvidia, machine, devices, trouble):
     nvidia(**machine)
@@ -228,9 +268,10 @@ def test_doctor_survives_an_old_driver(nvidia, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: old_driver())
     monkeypatch.setattr(runs, "nvidia_smi", lambda *args: "470.57.02\n470.57.02\n")
     cli.doctor()
-    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.split(maxsplit=1)[1:])
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    rows = dict(line for line in lines if len(line) == 2)
     assert rows["cuda"] == "12.8" and rows["driver"] == "470.57.02" and "build" in rows and "cudnn" in rows
-    assert rows["GPUs"] == "cannot be used: The NVIDIA driver on your system is too old (found version 11040)."
+    assert rows["GPUs"] == f"cannot be used: {TOO_OLD}"
 
 
 def test_cpu_build_on_a_gpu_machine_warns(nvidia, capsys):
@@ -238,7 +279,8 @@ def test_cpu_build_on_a_gpu_machine_warns(nvidia, capsys):
     for cuda in (None, "12.8"):
         nvidia(WHOLE, cuda=cuda)
         cli.warn_of_gpus()
-    assert capsys.readouterr().err.startswith(f"peft-study: warning: this machine has GPUs, but torch {torch.__version__} is built without CUDA")
+    without_cuda = f"torch {torch.__version__} is built without CUDA"
+    assert capsys.readouterr().err.startswith(f"peft-study: warning: this machine has GPUs, but {without_cuda}")
     assert not capsys.readouterr().err
 
 
@@ -255,7 +297,8 @@ def test_provenance_of_a_gpu(monkeypatch):
 
 def test_cores_of_this_process():
     assert cores() == len(os.sched_getaffinity(0))
-    with patch("os.sched_getaffinity", lambda pid: {3, 5}), patch("os.cpu_count", lambda: 64), patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+    with (patch("os.sched_getaffinity", lambda pid: {3, 5}), patch("os.cpu_count", lambda: 64),
+          patch.dict(os.environ, CUDA_VISIBLE_DEVICES="")):
         assert cores() == 2
         with patch.dict(os.environ):
             os.environ.pop("OMP_NUM_THREADS", None)

@@ -1,4 +1,4 @@
-"Every method on every encoder family: all promises, gradients against finite differences, padding; or refused with the reason."
+"Every method on every encoder family: all promises, gradients, padding; or refused with the reason."
 from functools import lru_cache
 import pytest, torch
 from transformers import AutoModelForSequenceClassification
@@ -10,21 +10,31 @@ from peft_study.train import example_losses
 
 SETTINGS = dict(
     full=[dict(), dict(top_k=1)],
-    adapter=[dict(bottleneck_size=4), dict(bottleneck_size=4, init="framework"), dict(bottleneck_size=4, placement="pfeiffer"), dict(bottleneck_size=4, placement="parallel")],
-    lora=[dict(rank=2), dict(rank=2, alpha=4, targets=ROLES), dict(rank=2, rslora=True, lora_plus=4), dict(rank=2, dora=True), dict(rank=2, lora_dropout=.1)],
-    prompt=[dict(prompt_length=3), dict(prompt_length=3, read="first")], prefix=[dict(prefix_length=3), dict(prefix_length=3, reparam=4)],
+    adapter=[dict(bottleneck_size=4), dict(bottleneck_size=4, init="framework"),
+             dict(bottleneck_size=4, placement="pfeiffer"), dict(bottleneck_size=4, placement="parallel")],
+    lora=[dict(rank=2), dict(rank=2, alpha=4, targets=ROLES), dict(rank=2, rslora=True, lora_plus=4),
+          dict(rank=2, dora=True), dict(rank=2, lora_dropout=.1)],
+    prompt=[dict(prompt_length=3), dict(prompt_length=3, read="first")],
+    prefix=[dict(prefix_length=3), dict(prefix_length=3, reparam=4)],
     hf_lora=[dict(rank=2)], hf_prompt=[dict(prompt_length=3)], hf_prefix=[dict(prefix_length=3)])
 METHODS = [find_method(name)(**settings) for name in method_names() for settings in SETTINGS.get(name, [{}])]
 CELLS = [(kind, method) for kind in FAMILIES for method in METHODS]
-REFUSED = ({("mpnet", "prefix"), ("deberta-v2", "prefix"), ("electra", "hf_prompt"), ("modernbert", "bitfit"), ("modernbert", "hf_lora"), ("modernbert", "hf_ia3")}
-           | {(kind, "hf_prefix") for kind in ("mpnet", "deberta-v2", "distilbert", "modernbert")})
+REFUSED = {("mpnet", "prefix"), ("deberta-v2", "prefix"), ("electra", "hf_prompt"), ("modernbert", "bitfit"),
+           ("modernbert", "hf_lora"), ("modernbert", "hf_ia3")}
+REFUSED |= {(kind, "hf_prefix") for kind in ("mpnet", "deberta-v2", "distilbert", "modernbert")}
 
 
-def refused(kind, method): return (kind, method.name) in REFUSED or kind == "modernbert" and getattr(method, "dora", False)
+def refused(kind, method):
+    if kind == "modernbert" and getattr(method, "dora", False): return True
+    return (kind, method.name) in REFUSED
 
+
+SIZES = ("rank", "alpha", "bottleneck_size", "prompt_length", "prefix_length")
 
 def label(v):
-    return v if isinstance(v, str) else v.name + "".join(f"-{k}={'all' if k == 'targets' else x}" for k, x in v.model_dump(exclude_defaults=True).items() if k not in ("rank", "alpha", "bottleneck_size", "prompt_length", "prefix_length"))
+    if isinstance(v, str): return v
+    settings = {k: x for k, x in v.model_dump(exclude_defaults=True).items() if k not in SIZES}
+    return v.name + "".join(f"-{k}={'all' if k == 'targets' else x}" for k, x in settings.items())
 
 
 @lru_cache
@@ -62,7 +72,9 @@ def test_matrix(matrix, capsys):
     if len(matrix) < len(CELLS): pytest.skip("not all cells were run")
     with capsys.disabled():
         print("\n" + " " * 42 + "".join(f"{kind:>12}" for kind in FAMILIES))
-        for method in METHODS: print(f"{label(method)[:42]:42}" + "".join(f"{matrix[kind, label(method)]:>12}" for kind in FAMILIES))
+        for method in METHODS:
+            row = [f"{matrix[kind, label(method)]:>12}" for kind in FAMILIES]
+            print(f"{label(method)[:42]:42}" + "".join(row))
     assert sum(v == "refused" for v in matrix.values()) == sum(refused(kind, method) for kind, method in CELLS)
 
 
@@ -70,11 +82,12 @@ def test_matrix(matrix, capsys):
 def test_padding(kind, method):
     model = applied(kind, method)
     batch = random_batch(model.config)
-    n = int(batch["attention_mask"][-1].sum())
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    n = int(mask[-1].sum())
     with torch.no_grad():
-        alone = model(input_ids=batch["input_ids"][-1:, :n], attention_mask=batch["attention_mask"][-1:, :n]).logits
-        together = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[-1:]
-        unmasked = model(input_ids=batch["input_ids"], attention_mask=torch.ones_like(batch["attention_mask"])).logits[-1:]
+        alone = model(input_ids=ids[-1:, :n], attention_mask=mask[-1:, :n]).logits
+        together = model(input_ids=ids, attention_mask=mask).logits[-1:]
+        unmasked = model(input_ids=ids, attention_mask=torch.ones_like(mask)).logits[-1:]
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
     assert (unmasked - together).abs().max() > 1e-5, "the mask makes no difference, so this shows nothing"
 
@@ -87,7 +100,8 @@ def test_gradients(method):
     model(**batch).loss.backward()
     g = torch.Generator().manual_seed(0)
     for name, p in trainable(model).items():
-        if getattr(method, "dora", False) and ("lora_A" in name or "lora_B" in name): continue   # DoRA's gradient leaves out the norm's, by definition; peft is its check
+        # DoRA's gradient leaves out the norm's, by definition; test_peft checks it
+        if getattr(method, "dora", False) and ("lora_A" in name or "lora_B" in name): continue
         for i in torch.randint(p.numel(), (2,), generator=g).tolist():
             losses = []
             with torch.no_grad():
@@ -95,14 +109,16 @@ def test_gradients(method):
                     p.view(-1)[i] += sign * 1e-5
                     losses.append(model(**batch).loss.item())
                     p.view(-1)[i] -= sign * 1e-5
-            assert p.grad.view(-1)[i].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4, abs=1e-9), f"{name}[{i}]"
+            difference = (losses[0] - losses[1]) / 2e-5
+            assert p.grad.view(-1)[i].item() == pytest.approx(difference, rel=1e-4, abs=1e-9), f"{name}[{i}]"
 
 
 def gradient(model, precision="fp32"):
     "Of the mean loss in training mode, after the same seed, as one vector."
     batch = random_batch(model.config)
     torch.manual_seed(0)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"): logits = model.train()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        logits = model.train()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     example_losses(logits.float(), batch["labels"]).mean().backward()
     return torch.cat([p.grad.flatten() for p in trainable(model).values() if p.grad is not None])
 
@@ -113,17 +129,23 @@ def with_dropout(model, p):
     return model
 
 
-@pytest.mark.parametrize("kind, method", [(k, m) for k, m in CELLS if not getattr(m, "lora_dropout", 0)], ids=label)   # LoRA's own dropout is torch's on both sides
+# LoRA's own dropout is torch's on both sides
+OUR_DROPOUT = [(kind, method) for kind, method in CELLS if not getattr(method, "lora_dropout", 0)]
+
+@pytest.mark.parametrize("kind, method", OUR_DROPOUT, ids=label)
 def test_speed_up(kind, method):
-    "In fp32 our dropout and attention, on their way but with next to no probability, give the gradient of the plain model without any."
-    plain, ours = with_dropout(applied(kind, method), 0.), speed_up(with_dropout(applied(kind, method), 1e-9), "fp32", torch.device("cpu"))
+    """In fp32 our dropout and attention, in use but with next to no probability, give the gradient of the plain model
+    without any."""
+    plain = with_dropout(applied(kind, method), 0.)
+    ours = speed_up(with_dropout(applied(kind, method), 1e-9), "fp32", torch.device("cpu"))
     torch.testing.assert_close(gradient(ours), gradient(plain), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind, method", CELLS, ids=label)
 def test_bf16(kind, method):
     "With the same dropout masks, the gradient in bf16 points where that in fp32 does."
-    fp32, bf16 = (gradient(speed_up(applied(kind, method), precision, torch.device("cpu")), precision) for precision in ("fp32", "bf16"))
+    cpu = torch.device("cpu")
+    fp32, bf16 = [gradient(speed_up(applied(kind, method), p, cpu), p) for p in ("fp32", "bf16")]
     assert torch.cosine_similarity(fp32, bf16, dim=0) > .99
 
 
@@ -161,7 +183,8 @@ class DecayOnly(find_method("adapter")):
     def inject(self, model, sites):
         model = super().inject(model, sites)
         for module in model.modules():
-            if hasattr(module, "adapter"): module.adapter.register_parameter("idle", torch.nn.Parameter(torch.randn(3)))
+            if not hasattr(module, "adapter"): continue
+            module.adapter.register_parameter("idle", torch.nn.Parameter(torch.randn(3)))
         return model
     def n_parameters(self, s): return super().n_parameters(s) + 2 * s.L * 3
 

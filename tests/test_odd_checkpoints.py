@@ -1,6 +1,5 @@
 "Folders as people have them: what runs, and what is refused in one line before anything is trained."
 import json, os, shutil
-from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from peft_study.config import RunConfig

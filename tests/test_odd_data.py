@@ -31,7 +31,8 @@ def test_relative_path_seen_from_elsewhere(tiny, tmp_path, monkeypatch):
     (tmp_path/"here").mkdir()
     sst2(tmp_path/"glue")
     checkpoint = os.path.relpath(tiny, tmp_path/"here")
-    config = RunConfig(task_name="sst2", data="../glue", checkpoint=checkpoint, method="head", n_epochs=1, max_length=16)
+    short = dict(n_epochs=1, max_length=16)
+    config = RunConfig(task_name="sst2", data="../glue", checkpoint=checkpoint, method="head", **short)
     with chdir(tmp_path/"here"):
         train([config], tmp_path/"o")
         folder = run_folder(config, tmp_path/"o")

@@ -29,7 +29,8 @@ def pair(method, peft_config):
     base = AutoModelForSequenceClassification.from_config(config)
     ours = apply_method(deepcopy(base), method)
     theirs = get_peft_model(deepcopy(base), peft_config)
-    named = {n.replace(".default", "").replace(".modules_to_save", ""): p for n, p in theirs.named_parameters() if p.requires_grad}
+    learns = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    named = {n.replace(".default", "").replace(".modules_to_save", ""): p for n, p in learns.items()}
     match = {n: named.pop(peft_parameter(method.peft_name(n), named)) for n in trainable(ours)}
     assert not named, "peft trains more than we do"
     with torch.no_grad():
@@ -41,14 +42,17 @@ def pair(method, peft_config):
 
 def lora_pair(**settings):
     method = LoRA(rank=4, alpha=8, **settings)
-    as_peft = LoraConfig(r=4, lora_alpha=8, target_modules=Sites(tiny_config("bert", layers=3)).pattern(method.targets), task_type="SEQ_CLS",
+    targets = Sites(tiny_config("bert", layers=3)).pattern(method.targets)
+    as_peft = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="SEQ_CLS",
                          use_rslora=method.rslora, use_dora=method.dora)
     return pair(method, as_peft)
 
 
 def ia3_pair():
     sites = Sites(tiny_config("bert", layers=3))
-    return pair(IA3(), IA3Config(task_type="SEQ_CLS", target_modules=sites.pattern(("key", "value", "ffn_out")), feedforward_modules=sites.pattern(("ffn_out",))))
+    as_peft = IA3Config(task_type="SEQ_CLS", target_modules=sites.pattern(("key", "value", "ffn_out")),
+                        feedforward_modules=sites.pattern(("ffn_out",)))
+    return pair(IA3(), as_peft)
 
 
 def prompt_pair():
@@ -70,8 +74,10 @@ def same(ours, theirs, match):
         close(p.grad, match[n].grad)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(targets=("ffn_out",)), dict(targets=ROLES), dict(rslora=True), dict(dora=True), dict(dora=True, targets=ROLES)],
-                         ids=["query-value", "ffn_out", "all", "rslora", "dora", "dora-all"])
+VARIANTS = {"query-value": dict(), "ffn_out": dict(targets=("ffn_out",)), "all": dict(targets=ROLES),
+            "rslora": dict(rslora=True), "dora": dict(dora=True), "dora-all": dict(dora=True, targets=ROLES)}
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_lora(settings): same(*lora_pair(**settings))
 
 
@@ -86,14 +92,19 @@ def test_twenty_steps_of_adamw(make):
     for params, model in ((list(trainable(ours).values()), ours), (list(match.values()), theirs)):
         optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=.01)
         for step in range(20):
-            optimizer.zero_grad(); model(**random_batch(ours.config, batch=8, seed=step)).loss.backward(); optimizer.step()
+            optimizer.zero_grad()
+            model(**random_batch(ours.config, batch=8, seed=step)).loss.backward()
+            optimizer.step()
     for n, p in trainable(ours).items():
         assert (p - start[n]).abs().max() > 1e-3, f"{n} has not learned"
         close(p, match[n])
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=2, alpha=6, targets=ROLES), LoRA(rank=2, rslora=True), LoRA(rank=2, dora=True), IA3(), Prompt(prompt_length=3, read="first"),
-                                    Prefix(prefix_length=3), Prefix(prefix_length=3, reparam=8)], ids=["lora", "rslora", "dora", "ia3", "prompt", "prefix", "prefix-reparam"])
+LEAVES = {"lora": LoRA(rank=2, alpha=6, targets=ROLES), "rslora": LoRA(rank=2, rslora=True),
+          "dora": LoRA(rank=2, dora=True), "ia3": IA3(), "prompt": Prompt(prompt_length=3, read="first"),
+          "prefix": Prefix(prefix_length=3), "prefix-reparam": Prefix(prefix_length=3, reparam=8)}
+
+@pytest.mark.parametrize("method", LEAVES.values(), ids=LEAVES)
 def test_peft_loads_what_we_save(method, tmp_path):
     base = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
     ours = apply_method(deepcopy(base), method)
@@ -105,8 +116,9 @@ def test_peft_loads_what_we_save(method, tmp_path):
     assert (ours(**batch).logits - base.eval()(**batch).logits).abs().max() > .01
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=2, alpha=6, targets=ROLES), LoRA(rank=2, dora=True), IA3(), Prompt(prompt_length=3, read="first"), Prefix(prefix_length=3)],
-                         ids=["lora", "dora", "ia3", "prompt", "prefix"])
+COMES = {name: LEAVES[name] for name in ("lora", "dora", "ia3", "prompt", "prefix")}
+
+@pytest.mark.parametrize("method", COMES.values(), ids=COMES)
 def test_we_load_what_peft_saves(method, tmp_path):
     base = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
     known = {k: v for k, v in method.peft_config(Sites(base.config)).items() if k != "peft_type"}
@@ -120,7 +132,8 @@ def test_we_load_what_peft_saves(method, tmp_path):
     close(ours.eval()(**batch).logits, theirs.eval()(**batch).logits)
 
 
-@pytest.mark.parametrize("kind", [k for k in FAMILIES if k != "modernbert"])   # its query and value are blocks of one matrix, which peft cannot adapt apart
+# In ModernBERT query and value are blocks of one matrix, which peft cannot adapt apart.
+@pytest.mark.parametrize("kind", [k for k in FAMILIES if k != "modernbert"])
 def test_peft_loads_every_family(kind, tmp_path):
     base, method = AutoModelForSequenceClassification.from_config(tiny_config(kind)), LoRA(rank=2)
     ours = apply_method(deepcopy(base), method, train_pooler=True)
@@ -175,8 +188,10 @@ LOADS = dict(
     fan=lora(fan_in_fan_out=True),
     pooler=lora(modules_to_save=["pooler"]),
     ia3_default=IA3Config(task_type="SEQ_CLS"),
-    ia3_odd=IA3Config(task_type="SEQ_CLS", target_modules=["query", "attention.output.dense"], feedforward_modules=["query"]),
-    projected=PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8),
+    ia3_odd=IA3Config(task_type="SEQ_CLS", target_modules=["query", "attention.output.dense"],
+                      feedforward_modules=["query"]),
+    projected=PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3, prefix_projection=True,
+                                 encoder_hidden_size=8),
     sampled=PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"))
 
 
@@ -201,10 +216,10 @@ def test_loads_modernbert(tmp_path):
 
 A = dict(a=1)
 ON = dict(
-    init_lora_weights="pissa_niter_4", bias="all", megatron_config=A, trainable_token_indices=[1], loftq_config=A, corda_config=A,
-    lora_ga_config=A, velora_config=A, alora_invocation_tokens=[1], use_qalora=True, monteclora_config=A, lora_bias=True,
-    layer_replication=[[0, 2]], target_parameters=["a"], use_bdlora=A, arrow_config=A, kasa_config=A, ensure_weight_tying=True,
-    task_type="CAUSAL_LM")
+    init_lora_weights="pissa_niter_4", bias="all", megatron_config=A, trainable_token_indices=[1], loftq_config=A,
+    corda_config=A, lora_ga_config=A, velora_config=A, alora_invocation_tokens=[1], use_qalora=True,
+    monteclora_config=A, lora_bias=True, layer_replication=[[0, 2]], target_parameters=["a"], use_bdlora=A,
+    arrow_config=A, kasa_config=A, ensure_weight_tying=True, task_type="CAUSAL_LM")
 
 
 @pytest.mark.parametrize("setting", ON)
@@ -238,7 +253,8 @@ def test_a_setting_of_a_later_peft(tmp_path):
 
 
 BROKEN = dict(
-    target_modules=[None, 3, [1], [], "(", ["nowhere"]], exclude_modules=["[", 1], modules_to_save=["classifier", [1], ["("]],
+    target_modules=[None, 3, [1], [], "(", ["nowhere"]], exclude_modules=["[", 1],
+    modules_to_save=["classifier", [1], ["("]],
     r=[None, "8", 0, 1.5, [8]], lora_alpha=[None, "a", [1], 0], lora_dropout=["a", 2], use_dora=["yes"],
     rank_pattern=[{"(": 2}, {"query": "2"}, [1]], alpha_pattern=[{"query": None}], layers_to_transform=["a", [9]],
     peft_type=[None, [1], "BOFT"])

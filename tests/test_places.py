@@ -23,7 +23,8 @@ def installed(tmp_path_factory):
     for file in (f for f in files if (REPO/f).is_file()):
         (folder/"source"/file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPO/file, folder/"source"/file)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, folder/"source"]
+    quietly = ["--quiet", "--no-deps", "--no-build-isolation"]
+    build = [sys.executable, "-m", "pip", "wheel", *quietly, "--wheel-dir", folder, folder/"source"]
     subprocess.run(build, check=True)
     shutil.rmtree(folder/"source")
     wheel, = folder.glob("*.whl")
@@ -38,12 +39,16 @@ def installed(tmp_path_factory):
 
 def test_what_is_tracked_is_not_where_commands_write():
     if not git("ls-files", "README.md"): pytest.skip("no git repository")
-    written = ["outputs/demo/results.csv", "outputs/bench/bench.json", ".quarto/x", "outputs/demo/report/report.quarto_ipynb"]
+    written = ["outputs/demo/results.csv", "outputs/bench/bench.json", ".quarto/x",
+               "outputs/demo/report/report.quarto_ipynb"]
     assert git("ls-files", "outputs") == [] and git("check-ignore", *written) == written
-    assert {"/.quarto/", "**/*.quarto_ipynb"} <= set((REPO/".gitignore").read_text().splitlines())   # else Quarto appends them
+    of_quarto = {"/.quarto/", "**/*.quarto_ipynb"}   # which Quarto would append
+    assert of_quarto <= set((REPO/".gitignore").read_text().splitlines())
 
 
-@pytest.mark.parametrize("name", ["nbs/experiments/finetune.ipynb", "nbs/experiments/explore.ipynb", "reports/report.ipynb"])
+TEMPLATES = ["nbs/experiments/finetune.ipynb", "nbs/experiments/explore.ipynb", "reports/report.ipynb"]
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_notebooks_use_the_repositorys_outputs(name, tmp_path):
     cells = nbformat.read(REPO/name, 4).cells
     given, = (c.source for c in cells if "parameters" in c.metadata.get("tags", []))
@@ -58,18 +63,23 @@ def test_installed(installed, tmp_path):
 
 
 def test_whatever_stands_around(installed, tiny, tmp_path):
-    """Installed from a wheel, a study and its report: spaces, quotes, braces and brackets in paths; settings with a byte order mark; files named as libraries in the working
-    folder; a kernel `python3` of another Python; folders that are no runs."""
+    """Installed from a wheel, a study and its report: spaces, quotes, braces and brackets in paths; settings with a
+    byte order mark; files named as libraries in the working folder; a kernel `python3` of another Python; folders that
+    are no runs."""
     here, glue, outputs = tmp_path/"Jane's {work} [1]", tmp_path/"My Drive"/"glue 100%", "{seed} of [/b] $a$ $b$"
     here.mkdir()
     (glue/"SST-2").mkdir(parents=True)
-    for split in ("train", "dev"): (glue/"SST-2"/f"{split}.tsv").write_text("sentence\tlabel\n" + "good film\t1\nbad film\t0\n" * 8)
-    (here/"settings.ini").write_text(f"[odd]\ntask_name = sst2\ndata = '{glue}'\ncheckpoint = {tiny}\n[odd.head]\n", encoding="utf-8-sig")
-    for name in ("random", "tokenize", "statistics", "datasets", "accelerate"): (here/f"{name}.py").write_text("raise SystemExit('not the library')")
+    for split in ("train", "dev"):
+        (glue/"SST-2"/f"{split}.tsv").write_text("sentence\tlabel\n" + "good film\t1\nbad film\t0\n" * 8)
+    settings = f"[odd]\ntask_name = sst2\ndata = '{glue}'\ncheckpoint = {tiny}\n[odd.head]\n"
+    (here/"settings.ini").write_text(settings, encoding="utf-8-sig")
+    for name in ("random", "tokenize", "statistics", "datasets", "accelerate"):
+        (here/f"{name}.py").write_text("raise SystemExit('not the library')")
     (tmp_path/"jupyter/kernels/python3").mkdir(parents=True)
     kernel = dict(argv=["/bin/false"], display_name="another Python", language="python")
     (tmp_path/"jupyter/kernels/python3/kernel.json").write_text(json.dumps(kernel))
-    for name in (".ipynb_checkpoints", "@eaDir", "sst2-head-all-s0-01234567 (copy)"): (here/outputs/"odd/runs"/name).mkdir(parents=True)
+    for name in (".ipynb_checkpoints", "@eaDir", "sst2-head-all-s0-01234567 (copy)"):
+        (here/outputs/"odd/runs"/name).mkdir(parents=True)
     env = dict(JUPYTER_PATH=str(tmp_path/"jupyter"))
     out = installed("study", "odd", *SHORT, "--outputs", outputs, cwd=here, **env)
     assert len(list((here/outputs).glob("odd/runs/*/notebook.ipynb"))) == 1 and f"{outputs}/odd/results.csv" in out
@@ -81,7 +91,9 @@ def test_whatever_stands_around(installed, tiny, tmp_path):
 def test_a_flag_may_have_spaces(tmp_path):
     folder = tmp_path/"My Drive"
     folder.mkdir()
-    def data(text): return sorted({c.data for c in read_study("demo", REPO/"settings.ini", dict(data=text, seed="0 1")).configs})
+    def data(text):
+        study = read_study("demo", REPO/"settings.ini", dict(data=text, seed="0 1"))
+        return sorted({config.data for config in study.configs})
     assert data(str(folder)) == [str(folder)] and data("demo hub") == ["demo", "hub"]
     assert data(f'demo "{folder}/not there"') == [f"{folder}/not there", "demo"]
 
@@ -101,6 +113,8 @@ def test_ones_own_method_in_the_working_folder(tmp_path):
     code = "from peft_study.methods.core import find_method; import sys; print(find_method(sys.argv[1]).__name__)"
     (tmp_path/"mine.py").write_text("from peft_study.methods.lora import LoRA\nclass Mine(LoRA): pass\n")
     (tmp_path/"broken.py").write_text("raise SystemExit('no')")
-    def find(name): return subprocess.run([sys.executable, "-P", "-c", code, name], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(REPO)), capture_output=True, text=True)
+    def find(name):
+        command, env = [sys.executable, "-P", "-c", code, name], os.environ | dict(PYTHONPATH=str(REPO))
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert find("mine:Mine").stdout == "Mine\n"
     assert "BadInput: method 'broken:Mine': SystemExit: no" in find("broken:Mine").stderr

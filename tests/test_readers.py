@@ -22,19 +22,36 @@ a_few = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, databas
 
 CONFIG = RunConfig(task_name="rte", data="demo", method="lora", rank=2)
 SCORES = dict(accuracy=.7, score=.7, epoch=3)
-RESULT = dict(run_id=CONFIG.run_id, size="r2", config=CONFIG.flat(), score=.7, dev=dict(last=SCORES, best=SCORES), steps=9,
-              parameters=dict(trainable=10, total=100, share=.1), cost=dict(train_seconds=2., examples_per_second=9.5, batch_parts=1),
-              provenance=dict(finished="2026-01-01T00:00:00+00:00", code="01234567", versions=dict(torch="2"), threads=2, data_fingerprint="ab"))
-METRICS = [dict(step=1, steps=9, epoch=.3, loss=.7, lr=1e-4, grad_norm=1., examples_per_second=9., seconds_left=3.), dict(step=9, dev_score=.6, epoch=1)]
+RESULT = dict(run_id=CONFIG.run_id, size="r2", config=CONFIG.flat(), score=.7,
+              dev=dict(last=SCORES, best=SCORES), steps=9, parameters=dict(trainable=10, total=100, share=.1),
+              cost=dict(train_seconds=2., examples_per_second=9.5, batch_parts=1),
+              provenance=dict(finished="2026-01-01T00:00:00+00:00", code="01234567", versions=dict(torch="2"),
+                              threads=2, data_fingerprint="ab"))
+METRICS = [dict(step=1, steps=9, epoch=.3, loss=.7, lr=1e-4, grad_norm=1., examples_per_second=9., seconds_left=3.),
+           dict(step=9, dev_score=.6, epoch=1)]
 CELL = dict(text="70.0", runs=[dict(run_id="a", study="s", score=.7, command="peft-study run")])
-PEFT = dict(peft_type="LORA", r=2, lora_alpha=4, target_modules=["query", "value"], bias="none", lora_dropout=0., modules_to_save=["classifier"])
-INI = "[s]\ntask_name = rte mrpc\ndata = demo\nbetas = 0.9,0.999\n[s.lora]\nrank = 1 2\nalpha = rank\n[s.full]\ntop_k = none 1\n"
-TSV = "index\tsentence1\tsentence2\tlabel\n0\tA dog sleeps.\tA dog.\tentailment\n1\tIt rains.\tIt snows.\tnot_entailment\n"
+PEFT = dict(peft_type="LORA", r=2, lora_alpha=4, target_modules=["query", "value"], bias="none", lora_dropout=0.,
+            modules_to_save=["classifier"])
+INI = """[s]
+task_name = rte mrpc
+data = demo
+betas = 0.9,0.999
+[s.lora]
+rank = 1 2
+alpha = rank
+[s.full]
+top_k = none 1
+"""
+TSV = ("index\tsentence1\tsentence2\tlabel\n"
+       "0\tA dog sleeps.\tA dog.\tentailment\n1\tIt rains.\tIt snows.\tnot_entailment\n")
 ANSWERS = "index\tprediction\n0\tentailment\n1\tnot_entailment\n"
 PREDICTIONS = "index\tlabel\tprediction\n0\tentailment\tentailment\n1\tentailment\tnot_entailment\n"
 
+def lists_and_dictionaries(inner):
+    return st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=4)
+                      lists_and_dictionaries, max_leaves=4)
 
 
 def places(value, path=()):
@@ -61,20 +78,32 @@ def other_json(draw, value):
 def other_bytes(draw, content:bytes):
     "A file that was cut, that has other bytes in its middle, or that is something else."
     start, end = sorted((draw(st.integers(0, len(content))), draw(st.integers(0, len(content)))))
-    return draw(st.sampled_from([content[:start], content[:start] + draw(st.binary(max_size=8)) + content[end:], draw(st.binary(max_size=40)),
-                                 b"\xef\xbb\xbf" + content, content.decode().encode("utf-16"), content.replace(b"\n", b"\r\n")]))
+    middle, other = draw(st.binary(max_size=8)), draw(st.binary(max_size=40))
+    mark, utf16, windows = b"\xef\xbb\xbf" + content, content.decode().encode("utf-16"), content.replace(b"\n", b"\r\n")
+    damaged = [content[:start], content[:start] + middle + content[end:], other, mark, utf16, windows]
+    return draw(st.sampled_from(damaged))
 
+
+ODD_WORDS = ["\t", "\n", "[", "[s.lora]", "\"", "=", "none", "nan", "1e999", "²", "\u2028", ":", "-1", "\x00"]
 
 @st.composite
 def other_text(draw, text:str):
     "A text with another word, line or character somewhere."
     at = draw(st.integers(0, len(text)))
-    new = draw(st.text(max_size=6) | st.sampled_from(["\t", "\n", "[", "[s.lora]", "\"", "=", "none", "nan", "1e999", "²", "\u2028", ":", "-1", "\x00"]))
+    new = draw(st.text(max_size=6) | st.sampled_from(ODD_WORDS))
     return (text[:at] + new + text[draw(st.integers(at, min(len(text), at + 8))):]).encode("utf-8", "replace")
 
 
-def read_adapter(folder):
-    load_adapter(MODEL, METHOD, folder)
+def read_adapter(folder): load_adapter(MODEL, METHOD, folder/"adapter")
+def read_peft(folder): peft_method(folder/"adapter", Sites(tiny_config()))
+def read_configuration(folder): return read_config(folder/RUN).run_id
+def read_trace(folder): return trace_cell("tbl-main", "rte/lora", "s", folder)[1]["runs"]
+def read_rows(folder): return read_bench(folder, dict(data="demo"))
+
+
+def read_study_json(folder):
+    read_record("study", folder)
+    load_runs("study", folder)
 
 
 def read_submission(folder):
@@ -119,13 +148,13 @@ def read_log(folder):
 
 
 LOG = "".join(json.dumps(m) + "\n" for m in METRICS)
-JSON = {f"{RUN}/config.json": (CONFIG.flat(), lambda f: read_config(f/RUN).run_id),
+JSON = {f"{RUN}/config.json": (CONFIG.flat(), read_configuration),
         f"{RUN}/result.json": (RESULT, read_run),
-        "study/study.json": (dict(name="study", seeds=[0], final_seeds=[1, 2], auto="fp32"), lambda f: (read_record("study", f), load_runs("study", f))),
-        "adapter/run.json": (dict(method="head", checkpoint="x"), lambda f: read_adapter(f/"adapter")),
-        "adapter/adapter_config.json": (PEFT, lambda f: peft_method(f/"adapter", Sites(tiny_config()))),
-        "s/report/trace.json": ({"tbl-main": {"rte/lora": CELL}}, lambda f: trace_cell("tbl-main", "rte/lora", "s", f)[1]["runs"]),
-        "bench.json": (dict(settings=dict(data="demo"), machine={}, rows=[dict(task="rte")]), lambda f: read_bench(f, dict(data="demo")))}
+        "study/study.json": (dict(name="study", seeds=[0], final_seeds=[1, 2], auto="fp32"), read_study_json),
+        "adapter/run.json": (dict(method="head", checkpoint="x"), read_adapter),
+        "adapter/adapter_config.json": (PEFT, read_peft),
+        "s/report/trace.json": ({"tbl-main": {"rte/lora": CELL}}, read_trace),
+        "bench.json": (dict(settings=dict(data="demo"), machine={}, rows=[dict(task="rte")]), read_rows)}
 TEXT = {f"{RUN}/metrics.jsonl": (LOG, read_log),
         "settings.ini": (INI, lambda f: [c.run_id for c in read_study("s", f/"settings.ini").configs]),
         "RTE/train.tsv": (TSV, lambda f: read_file(get_task("rte"), "train", f)),

@@ -1,28 +1,34 @@
-"Declared studies as their users meet them: bad input, dry runs, a submission of real data, the notebook to explore them."
+"Declared studies as their users meet them: bad input, dry runs, a submission of real data, the notebook to explore."
 import json, os, zipfile
 import pandas as pd
 import pytest
-from conftest import REPO
+from conftest import QUICK, REPO, flags
 from peft_study.config import read_study, unequal_budgets
 from peft_study.glue import SUBMISSION_ROWS, TASKS, splits
 
 GOOD = "[mine]\ntask_name = rte\ndata = demo\n[mine.lora]\nrank = 4\n"
 
 
-@pytest.mark.parametrize("settings, flags, message", [
+@pytest.mark.parametrize("settings, given, message", [
     (GOOD, ["study", "yours"], "unknown study 'yours': settings.ini has mine"),
     (GOOD.replace("rte", "rte mrcp"), ["study", "mine"], "settings.ini [mine.lora]: unknown task_name 'mrcp'"),
     (GOOD.replace("lora", "lorra"), ["study", "mine"], "[mine.lorra]: unknown method 'lorra'"),
-    (GOOD.replace("rank = 4", "rank = 4 x 16"), ["study", "mine"], "settings.ini [mine.lora]: rank must be a valid integer, unable to parse string as an integer, got 'x'"),
-    (GOOD + "[mine.adapter]\nbottleneck_size = 0\n", ["study", "mine"], "settings.ini [mine.adapter]: bottleneck_size must be at least 1, got '0'"),
-    (GOOD + "seed = 0..4\n", ["study", "mine"], "[mine.lora]: seed must be a valid integer, unable to parse string as an integer, got '0..4'"),
+    (GOOD.replace("rank = 4", "rank = 4 x 16"), ["study", "mine"],
+     "settings.ini [mine.lora]: rank must be a valid integer, unable to parse string as an integer, got 'x'"),
+    (GOOD + "[mine.adapter]\nbottleneck_size = 0\n", ["study", "mine"],
+     "settings.ini [mine.adapter]: bottleneck_size must be at least 1, got '0'"),
+    (GOOD + "seed = 0..4\n", ["study", "mine"],
+     "[mine.lora]: seed must be a valid integer, unable to parse string as an integer, got '0..4'"),
     ("[mine]\ntask_name = rte\n", ["study", "mine"], "study 'mine' has no section [mine.METHOD]"),
     ("mine\n", ["study", "mine"], "settings.ini"),
     (GOOD, ["study", "mine", "--shard", "5/3"], "shard must be i/n with i from 1 to n, got '5/3'"),
-    (GOOD, ["study", "mine", "--final-seeds", "0 1"], "settings.ini [mine]: final_seeds must be other seeds than those that tune: 0 is in seed"),
+    (GOOD, ["study", "mine", "--final-seeds", "0 1"],
+     "settings.ini [mine]: final_seeds must be other seeds than those that tune: 0 is in seed"),
     (GOOD + "final_seeds = 1\n", ["study", "mine"], "settings.ini [mine.lora]: unknown setting 'final_seeds'"),
-    (GOOD, ["study", "mine", "--tune-share", "0.5"], "settings.ini [mine.lora]: tune_share must be less than 0.5, got '0.5'"),
-    (GOOD, ["study", "mine", "--tune-share", "0.1", "--max-train-examples", "4"], "tune_share 0.1 of 4 training examples is too small"),
+    (GOOD, ["study", "mine", "--tune-share", "0.5"],
+     "settings.ini [mine.lora]: tune_share must be less than 0.5, got '0.5'"),
+    (GOOD, ["study", "mine", "--tune-share", "0.1", "--max-train-examples", "4"],
+     "tune_share 0.1 of 4 training examples is too small"),
     (GOOD, ["study", "mine", "--shard", "two"], "shard must be i/n with i from 1 to n, got 'two'"),
     (GOOD, ["study", "mine", "--methods", "adapter"], "adapter"),
     (GOOD, ["study", "mine", "--tasks", "rte,mrcp"], "settings.ini [mine.lora]: unknown task_name 'mrcp'"),
@@ -31,25 +37,28 @@ GOOD = "[mine]\ntask_name = rte\ndata = demo\n[mine.lora]\nrank = 4\n"
     (GOOD, ["predict", "mine"], "no study 'mine'"),
     (GOOD, ["score", "nowhere", "--labels", "nowhere"], "'nowhere': no such folder"),
 ], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
-def test_bad_input(command, tmp_path, settings, flags, message):
+def test_bad_input(command, tmp_path, settings, given, message):
     (tmp_path/"settings.ini").write_text(settings)
-    code, out, err = command(*flags, cwd=tmp_path, takes_outputs=flags[0] != "score")
+    code, out, err = command(*given, cwd=tmp_path, takes_outputs=given[0] != "score")
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
 
 
 def test_unreachable_ray(command, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed")
     (tmp_path/"settings.ini").write_text(GOOD)
-    code, out, err = command("study", "mine", "--engine", "ray", cwd=tmp_path, env=os.environ | dict(RAY_ADDRESS="127.0.0.1:9"))
+    env = os.environ | dict(RAY_ADDRESS="127.0.0.1:9")
+    code, out, err = command("study", "mine", "--engine", "ray", cwd=tmp_path, env=env)
     assert code == 2 and "127.0.0.1:9" in err and len(err.strip().splitlines()) == 1, err
 
 
 def test_dry_runs(command, tmp_path):
     "Every declared study lists its runs without a network; the scaling study has those of the reference study."
-    sizes = dict(small=6 * 12 * 3, methods=6 * 10 * 3, ablation_init=3 * 4 * 5, official=2 * 8 * 5, encoders=33 * 3, glue=9 * (24 + 8 + 8), scaling=160)
+    sizes = dict(small=6 * 12 * 3, methods=6 * 10 * 3, ablation_init=3 * 4 * 5, official=2 * 8 * 5, encoders=33 * 3,
+                 glue=9 * (24 + 8 + 8), scaling=160)
     studies = {name: read_study(name, REPO/"settings.ini") for name in sizes}
     for name, n in sizes.items(): assert len(studies[name].configs) == n, name
-    for name in sizes.keys() - {"glue"}: assert all(c.tune_share for c in studies[name].configs) and not unequal_budgets(studies[name]), name
+    for name in sizes.keys() - {"glue"}:
+        assert all(c.tune_share for c in studies[name].configs) and not unequal_budgets(studies[name]), name
     assert unequal_budgets(studies["glue"]) and not any(c.tune_share for c in studies["glue"].configs)
     offline = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     code, out, err = command("study", "encoders", "--dry-run", cwd=REPO, outputs=tmp_path, env=offline)
@@ -60,14 +69,26 @@ def test_dry_runs(command, tmp_path):
 
 
 def test_one_cell_of_encoders(command, tmp_path):
-    code, out, err = command("study", "encoders", "--methods", "lora", "--checkpoint", "minilm", "--data", "demo", "--max-train-examples", "64", "--max-eval-examples", "32", "--epochs", "1",
-                             "--lr", "1e-3", "--final-seeds", "none", cwd=REPO, outputs=tmp_path)
+    one = flags(methods="lora", lr=1e-3, final_seeds="none")
+    code, out, err = command("study", "encoders", *one, *QUICK, cwd=REPO, outputs=tmp_path)
     assert code == 0 and "1/1" in err and "222,338" in out, err
+
+
+ALL = """
+[all]
+task_name = {tasks}
+checkpoint = {checkpoint}
+data = {data}
+max_train_examples = 32
+max_eval_examples = 40
+n_epochs = 1
+[all.lora]
+"""
 
 
 def test_submission_of_real_data(command, tmp_path, tiny, glue):
     "Every task in the folder: one short run each, and a file with the rows and words that the server expects."
-    (tmp_path/"settings.ini").write_text(f"[all]\ntask_name = {' '.join(TASKS)}\ncheckpoint = {tiny}\ndata = {glue}\nmax_train_examples = 32\nmax_eval_examples = 40\nn_epochs = 1\n[all.lora]\n")
+    (tmp_path/"settings.ini").write_text(ALL.format(tasks=" ".join(TASKS), checkpoint=tiny, data=glue))
     code, out, err = command("study", "all", "--jobs", "2", cwd=tmp_path, timeout=600)
     assert code == 0, err
     code, out, err = command("predict", "all", cwd=tmp_path, timeout=600)
@@ -84,14 +105,17 @@ def test_submission_of_real_data(command, tmp_path, tiny, glue):
                 if not split.submission: continue
                 header, *lines = z.read(split.submission).decode().rstrip("\n").split("\n")
                 rows = [line.split("\t") for line in lines]
-                assert header == "index\tprediction" and [int(i) for i, _ in rows] == list(range(SUBMISSION_ROWS[split.submission]))
+                assert header == "index\tprediction"
+                assert [int(i) for i, _ in rows] == list(range(SUBMISSION_ROWS[split.submission]))
                 if task.regression: assert all(0 <= float(p) <= 5 for _, p in rows)
                 else: assert {p for _, p in rows} <= set(task.words)
                 source = glue/split.file
                 assert source.is_file() == ("run_id" in manifest[split.submission]), split.submission
                 if source.is_file():
                     answered.append(split.submission)
-                    assert len(rows) == sum(1 for _ in open(source, encoding="utf-8")) - (split.submission != "CoLA.tsv" or next(open(source)).startswith("index"))
+                    asked = list(open(source, encoding="utf-8"))
+                    has_header = split.submission != "CoLA.tsv" or asked[0].startswith("index")
+                    assert len(rows) == len(asked) - has_header
     print("answered by runs:", *answered)
     labels = tmp_path/"labels"
     labels.mkdir()
@@ -104,7 +128,9 @@ def test_explore(study, undisturbed, tmp_path):
     "The notebook, on a study of eight runs; on one whose runs are all of one method; and where there is no such study."
     from papermill import PapermillExecutionError, execute_notebook
     source = REPO/"nbs/experiments/explore.ipynb"
-    def explore(**parameters): return execute_notebook(source, tmp_path/"out.ipynb", dict(study="eight", outputs=str(study.folder/"quiet")) | parameters, kernel_name="python3", progress_bar=False)
+    def explore(**parameters):
+        given = dict(study="eight", outputs=str(study.folder/"quiet")) | parameters
+        return execute_notebook(source, tmp_path/"out.ipynb", given, kernel_name="python3", progress_bar=False)
     text = json.dumps(explore().cells)
     assert text.count("image/png") == 2 and "examples" in text and all(name in text for name in undisturbed)
     assert "lora-r2" in json.dumps(explore(where="method == 'lora'").cells)
@@ -112,7 +138,7 @@ def test_explore(study, undisturbed, tmp_path):
 
 
 def test_the_demo_teaches():
-    "Its record: the runs of settings.ini, and every size of every method far above the majority class and the linear probe."
+    "Its record: the runs of settings.ini; every size of every method far above the majority class and the probe."
     runs = pd.read_csv(REPO/"reports/records/demo/results.csv")
     study = read_study("demo", REPO/"settings.ini", auto=runs.precision[0])
     assert sorted(runs.run_id) == sorted(c.run_id for c in study.configs)
