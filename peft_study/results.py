@@ -270,8 +270,10 @@ def cell_means(table, examples:DevExamples|None=None):
     for (*cell, configuration), runs in reported(table).groupby([*CELL, "configuration"], sort=False, dropna=False):
         about = {name: runs[name].iloc[0] for name in ("checkpoint", "data", "method")}
         found = two_level(runs.score, _resampled(runs, examples))
-        rows.append(dict(zip(CELL, cell)) | about | dict(configuration=configuration, parameters=int(runs.parameters_trainable.iloc[0]), score=found["mean"],
-                         **{k: found[k] for k in ("std", "n", "low", "high")}))
+        parameters = runs.parameters_trainable.iloc[0]
+        if pd.notna(parameters): parameters = int(parameters)   # a result that was edited may lack them
+        about |= dict(configuration=configuration, parameters=parameters, score=found["mean"])
+        rows.append(dict(zip(CELL, cell)) | about | {k: found[k] for k in ("std", "n", "low", "high")})
     columns = [*CELL, "checkpoint", "data", "method", "configuration", "parameters", "score", "std", "n", "low", "high"]
     return pd.DataFrame(rows, columns=columns).merge(chosen, on=[*CELL, "configuration"], how="left")
 
