@@ -44,8 +44,8 @@ class Method(BaseModel):
     trains_pooler: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     no_decay: ClassVar[tuple] = ()      # parts of names of added matrices that weight decay leaves alone
-    draws: ClassVar[bool] = True        # begins from random values or constants; False: from the encoder's weights alone
-    variants: ClassVar[tuple] = ()      # options that change what the method is, not how large it is or how it is tuned
+    draws: ClassVar[bool] = True        # begins from random values or constants; False: from the encoder's weights
+    variants: ClassVar[tuple] = ()      # options that change what the method is, not its size or its tuning
 
     def __init__(self, /, **given):
         try: super().__init__(**given)
@@ -64,14 +64,15 @@ class Method(BaseModel):
 # %% ../../nbs/methods/00_core.ipynb #4dbdcf76
 @patch(as_prop=True)
 def variant(self:Method) -> str:
-    "The options of `variants` that differ from their default, in words: `dora`, `pfeiffer`, `all targets`, `reparam=64`."
+    "The options of `variants` that differ from their default: `dora`, `pfeiffer`, `all targets`, `reparam=64`."
     def words(name, value):
         if value is True: return name
         if isinstance(value, str): return value
         if isinstance(value, tuple): return "all targets" if set(value) == set(ROLES) else ",".join(value)
         return f"{name}={value}"
     given = {name: getattr(self, name) for name in self.variants}
-    return " ".join(words(name, value) for name, value in given.items() if value != type(self).model_fields[name].default)
+    fields = type(self).model_fields
+    return " ".join(words(name, value) for name, value in given.items() if value != fields[name].default)
 
 @patch(as_prop=True)
 def label(self:Method) -> str:
@@ -119,13 +120,16 @@ def groups(self:Method, model, lr:float, weight_decay:float) -> list[dict]:
     "Optimiser groups of what learns: matrices with decay, the rest without, each at its learning rate."
     split = {}
     for n, p in trainable(model).items(): split.setdefault((self.decays(n), self.lr_scale(n)), []).append(p)
-    return [dict(params=params, lr=lr * scale, weight_decay=weight_decay if decay else 0.) for (decay, scale), params in split.items()]
+    return [dict(params=params, lr=lr * scale, weight_decay=weight_decay if decay else 0.)
+            for (decay, scale), params in split.items()]
 
 # %% ../../nbs/methods/00_core.ipynb #4b93fff7
 @patch
 def merge(self:Method, model):
     "Fold what was learned into the encoder's weights, in place."
-    if not self.mergeable: raise BadInput(f"method {self.name!r} cannot be merged: {self.trained or 'what it learns'} is no change of the encoder's weights")
+    if self.mergeable: return
+    learned = self.trained or "what it learns"
+    raise BadInput(f"method {self.name!r} cannot be merged: {learned} is no change of the encoder's weights")
 
 @patch
 def unmerge(self:Method, model):
@@ -153,17 +157,24 @@ def method_names() -> list[str]:
 def find_method(name:str # a module of `peft_study/methods`, or `package.module:Class`
                ) -> type[Method]:
     "The Method class called `name`; `BadInput` names those there are."
-    if ":" in name:
-        module, _, cls = name.partition(":")
-        if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # at the end: its files take no library's place
-        try: found = getattr(import_module(module), cls)
-        except (Exception, SystemExit) as e: raise BadInput(f"method {name!r}: {type(e).__name__}: {e}") from None
-        if not (isinstance(found, type) and issubclass(found, Method)): raise BadInput(f"method {name!r} is no subclass of peft_study.methods.core.Method")
-        return found
+    if ":" in name: return _find_own(name)
     if name not in method_names():
-        raise BadInput(f"unknown method {name!r}: use one of {', '.join(method_names())}, or package.module:Class for your own")
+        known = ", ".join(method_names())
+        raise BadInput(f"unknown method {name!r}: use one of {known}, or package.module:Class for your own")
     module = import_module(f"peft_study.methods.{name}")
-    return next(c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__)
+    defined_here = (c for c in vars(module).values() if _is_method(c) and c.__module__ == module.__name__)
+    return next(defined_here)
+
+def _is_method(found) -> bool: return isinstance(found, type) and issubclass(found, Method)
+
+def _find_own(name:str) -> type[Method]:
+    "The class of `package.module:Class`."
+    module, _, cls = name.partition(":")
+    if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # at the end: its files take no library's place
+    try: found = getattr(import_module(module), cls)
+    except (Exception, SystemExit) as e: raise BadInput(f"method {name!r}: {type(e).__name__}: {e}") from None
+    if not _is_method(found): raise BadInput(f"method {name!r} is no subclass of peft_study.methods.core.Method")
+    return found
 
 # %% ../../nbs/methods/00_core.ipynb #878eb33e
 def apply_method(model,        # 🤗 …ForSequenceClassification, changed in place
@@ -175,16 +186,24 @@ def apply_method(model,        # 🤗 …ForSequenceClassification, changed in p
     import torch
     sites, family = Sites(model.config), get_family(model.config)
     method.check(model.config)
-    pooler = (family.pooler,) if family.pooler else ()
-    def of(name, modules): return name.startswith(tuple(m + "." for m in modules))
-    originals = dict(model.named_parameters())   # kept, so that no new parameter takes the identity of one that is replaced
-    learns = {id(p): of(n, family.head) or ((train_pooler or method.trains_pooler) if of(n, pooler) else method.trains(n, sites)) for n, p in originals.items()}
+    def learns(name): # an existing parameter
+        if _is_of(name, family.head): return True
+        if family.pooler and _is_of(name, [family.pooler]): return train_pooler or method.trains_pooler
+        return method.trains(name, sites)
+    originals = dict(model.named_parameters())   # kept: no new parameter takes the identity of one that is replaced
+    existing = {id(p): learns(name) for name, p in originals.items()}
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = method.inject(model, sites)
-    for n, p in model.named_parameters(): p.requires_grad_(learns.get(id(p), True) and "original_module" not in n)   # 🤗 peft trains a copy of the head
+    for name, p in model.named_parameters():
+        replaced = "original_module" in name   # 🤗 peft trains a copy of the head
+        p.requires_grad_(existing.get(id(p), True) and not replaced)
     return model
+
+def _is_of(name:str, modules) -> bool:
+    "Whether a parameter belongs to one of `modules`."
+    return name.startswith(tuple(m + "." for m in modules))
 
 # %% ../../nbs/methods/00_core.ipynb #048b741a
 def trainable(model) -> dict:
@@ -193,7 +212,8 @@ def trainable(model) -> dict:
 
 def count(model) -> dict[str, float]:
     "Parameters that learn, all parameters, and the share."
-    learning, total = (sum(p.numel() for p in ps) for ps in (trainable(model).values(), model.parameters()))
+    learning = sum(p.numel() for p in trainable(model).values())
+    total = sum(p.numel() for p in model.parameters())
     return dict(trainable=learning, total=total, share=learning / total)
 
 # %% ../../nbs/methods/00_core.ipynb #eb3f7ae9
@@ -201,7 +221,8 @@ def expected_parameters(method:Method, config, train_pooler:bool=False) -> int|N
     "Trainable parameters by formula: the method's, the head's, and the pooler's where it learns; None means all."
     n = method.n_parameters(get_sizes(config))
     if n is None: return None
-    return n + head_parameters(config) + (pooler_parameters(config) if train_pooler or method.trains_pooler else 0)
+    if train_pooler or method.trains_pooler: n += pooler_parameters(config)
+    return n + head_parameters(config)
 
 # %% ../../nbs/methods/00_core.ipynb #80a02dd5
 WEIGHTS, FACTS = "adapter_model.safetensors", "run.json"
@@ -228,20 +249,26 @@ def save_adapter(model, method:Method,
                 ) -> int:         # bytes written
     "Write what learned to `folder`."
     from safetensors.torch import save_file
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    peft = method.peft_config(Sites(model.config))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     state = {n: p.detach().to("cpu", copy=True).contiguous() for n, p in method.state(model).items()}
-    if peft:
-        family = get_family(model.config)
-        heads = dict.fromkeys(m.split(".")[0] for m in family.head)   # peft saves a head of two layers as one module
-        parts = [m for m in (*heads, family.pooler) if m and any(n.startswith(m + ".") for n in state)]
-        place = model.config._name_or_path or facts.get("checkpoint")   # where the encoder was loaded from
-        if place and Path(place).is_dir(): place = str(Path(place).resolve())
-        peft |= dict(task_type="SEQ_CLS", inference_mode=True, base_model_name_or_path=place, modules_to_save=parts)
-        (folder/"adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
-    save_file({method.peft_name(n) if peft else n: t for n, t in state.items()}, folder/WEIGHTS, metadata={"format": "pt"})
-    (folder/FACTS).write_text(json.dumps(dict(method=method.name, **method.model_dump(mode="json")) | facts, indent=2) + "\n")
+    if peft := method.peft_config(Sites(model.config)):
+        _write_json(folder/"adapter_config.json", peft | _peft_common(model, state, facts))
+        state = {method.peft_name(n): tensor for n, tensor in state.items()}
+    save_file(state, folder/WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder/FACTS, dict(method=method.name, **method.model_dump(mode="json")) | facts)
     return (folder/WEIGHTS).stat().st_size
+
+def _write_json(file:Path, content:dict): file.write_text(json.dumps(content, indent=2) + "\n")
+
+def _peft_common(model, state:dict, facts:dict) -> dict:
+    "What stands in any method's adapter_config.json: the task, the encoder, and which of its own parts are saved."
+    family = get_family(model.config)
+    heads = dict.fromkeys(m.split(".")[0] for m in family.head)   # peft saves a head of two layers as one module
+    parts = [m for m in (*heads, family.pooler) if m and any(_is_of(n, [m]) for n in state)]
+    place = model.config._name_or_path or facts.get("checkpoint")   # where the encoder was loaded from
+    if place and Path(place).is_dir(): place = str(Path(place).resolve())
+    return dict(task_type="SEQ_CLS", inference_mode=True, base_model_name_or_path=place, modules_to_save=parts)
 
 # %% ../../nbs/methods/00_core.ipynb #785a1eb7
 def load_adapter(model,   # that `apply_method` made
@@ -260,13 +287,16 @@ def load_adapter(model,   # that `apply_method` made
     rename = method.peft_name if method.peft_config(Sites(model.config)) else str
     expected = {rename(n): p for n, p in trainable(model).items()}
     facts = read_json(file) if (file := Path(folder)/FACTS).is_file() else {}
-    theirs, ours = f"{folder} (method {facts.get('method', 'unknown')} on {facts.get('checkpoint', 'an unknown checkpoint')})", f"method {method.name} on {model.config.model_type} {model.config._name_or_path}".strip()
+    saved_on = facts.get("checkpoint", "an unknown checkpoint")
+    theirs = f"{folder} (method {facts.get('method', 'unknown')} on {saved_on})"
+    ours = f"method {method.name} on {model.config.model_type} {model.config._name_or_path}".strip()
     if odd := sorted(expected.keys() ^ state.keys()):
         whose = "the folder lacks" if odd[0] in expected else "the model has no"
         raise BadInput(f"{theirs} does not fit {ours}: {whose} {odd[0]}")
     for name, p in expected.items():
-        if p.shape != state[name].shape:
-            raise BadInput(f"{theirs} does not fit {ours}: {name} is {tuple(state[name].shape)} in the folder, {tuple(p.shape)} in the model")
+        there, here = tuple(state[name].shape), tuple(p.shape)
+        if there != here:
+            raise BadInput(f"{theirs} does not fit {ours}: {name} is {there} in the folder, {here} in the model")
     with torch.no_grad():
         for name, p in expected.items(): p.copy_(state[name])
 
@@ -292,7 +322,8 @@ def random_batch(config, batch:int=4, length:int=12, seed:int=0) -> dict:
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, config.vocab_size, (batch, length), generator=g)
     mask = (torch.arange(length) < torch.linspace(length, length // 2, batch).long()[:, None]).long()
-    return dict(input_ids=ids, attention_mask=mask, labels=torch.randint(config.num_labels, (batch,), generator=g))
+    labels = torch.randint(config.num_labels, (batch,), generator=g)
+    return dict(input_ids=ids, attention_mask=mask, labels=labels)
 
 # %% ../../nbs/methods/00_core.ipynb #03c5e2f7
 def _logits(model, batch):
@@ -302,7 +333,8 @@ def _logits(model, batch):
 
 def _train_a_little(model, method, batch, steps=3) -> set: # names of what had a gradient
     import torch
-    optimizer, reached = torch.optim.AdamW(method.groups(model, lr=1e-2, weight_decay=.01)), set()
+    optimizer = torch.optim.AdamW(method.groups(model, lr=1e-2, weight_decay=.01))
+    reached = set()
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
@@ -321,22 +353,25 @@ def _check_start(method, model, ours, batch):
     return change
 
 def _added(model, method, seed:int=0) -> dict:
-    "Name → initial value, of what the method adds to a copy of `model`, but for constants and copies of the encoder's own."
+    "Name → initial value, of what the method adds, but for constants and copies of the encoder's own."
     import torch
     ours = apply_method(deepcopy(model), method, seed)
     own = list(model.parameters())
-    def is_new(p): return not any(p.shape == q.shape and torch.equal(p, q) for q in own) and p.unique().numel() > 1
+    def is_new(p):
+        is_constant = p.unique().numel() == 1
+        is_copy = any(p.shape == q.shape and torch.equal(p, q) for q in own)
+        return not is_constant and not is_copy
     return {n: p.detach().clone() for n, p in trainable(ours).items() if is_new(p)}
 
 def _check_seed(method, model):
-    "Initial values are the same after other random draws, and others under another seed, unless they follow the encoder's."
+    "Initial values depend on the seed and on nothing else; those that do not follow the encoder's."
     import torch
     first = _added(model, method)
     torch.rand(7)
     again, other = _added(model, method), _added(model, method, seed=1)
     for n, p in first.items(): assert torch.equal(p, again[n]), f"initial values of {n} depend on more than the seed"
     drawn = {n for n, p in first.items() if not torch.equal(p, other[n])}
-    assert drawn or not first or not method.draws, f"initial values of {', '.join(first)} ignore the seed"
+    if first and method.draws: assert drawn, f"initial values of {', '.join(first)} ignore the seed"
     encoder = deepcopy(model)
     with torch.no_grad():
         for p in encoder.parameters(): p.mul_(1.5)
@@ -351,10 +386,11 @@ def _check_training(method, ours, batch):
     reached = _train_a_little(ours, method, batch)
     learning = trainable(ours)
     for n, p in ours.named_parameters():
-        if n not in learning: assert torch.equal(p, before[n]), f"{n} is frozen and moved"
+        moved = not torch.equal(p, before[n])
+        if n not in learning: assert not moved, f"{n} is frozen and moved"
         else:
             assert n in reached, f"{n} should learn and has no gradient"
-            assert not torch.equal(p, before[n]), f"{n} should learn and did not move"
+            assert moved, f"{n} should learn and did not move"
 
 def _check_effect(method, model, ours, batch):
     "What was added makes a difference: with other values of it, the trained model has other logits."
@@ -362,12 +398,13 @@ def _check_effect(method, model, ours, batch):
     own = dict(model.named_parameters())
     added = [p for n, p in trainable(ours).items() if n not in own and "modules_to_save" not in n]
     if not added: return
-    logits, learned, g = _logits(ours, batch), [p.detach().clone() for p in added], torch.Generator().manual_seed(0)
+    logits, learned = _logits(ours, batch), [p.detach().clone() for p in added]
+    g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in added: p.add_(torch.randn(p.shape, generator=g), alpha=.5)
         change = ((_logits(ours, batch) - logits).norm() / logits.norm()).item()
         for p, value in zip(added, learned): p.copy_(value)
-    assert change > 1e-6, f"what the method adds makes no difference, but for rounding: the logits change by {change:.2g}"
+    assert change > 1e-6, f"what the method adds makes no difference: the logits change by {change:.2g}"
 
 # %% ../../nbs/methods/00_core.ipynb #5b21798d
 def _check_saving(method, model, ours, batch):
@@ -384,7 +421,8 @@ def _check_saving(method, model, ours, batch):
 def _check_merging(method, model, ours, batch):
     "Merged: same logits, and saving loses nothing; unmerged: the encoder's weights bit for bit."
     import torch
-    before, logits = {n: p.detach().clone() for n, p in ours.named_parameters()}, _logits(ours, batch)
+    before = {n: p.detach().clone() for n, p in ours.named_parameters()}
+    logits = _logits(ours, batch)
     method.merge(ours)
     torch.testing.assert_close(_logits(ours, batch), logits, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(p, before[n]) for n, p in trainable(ours).items()), "merging changed what is saved"
@@ -408,4 +446,5 @@ def check_method(method:Method,
     _check_effect(method, model, ours, batch)
     _check_saving(method, model, ours, batch)
     if method.mergeable: _check_merging(method, model, ours, batch)
-    return dict(method=method.name, size=method.size, trainable=n["trainable"], change_at_start=change, merged=method.mergeable)
+    return dict(method=method.name, size=method.size, trainable=n["trainable"], change_at_start=change,
+                merged=method.mergeable)
