@@ -17,7 +17,9 @@ class _Hashed:
     def write(self, content):
         self.hash.update(content)
         try: return self.file.write(content)
-        except OSError as e: self.error = e; raise
+        except OSError as e:
+            self.error = e
+            raise
     def flush(self): self.file.flush()
 
 def save_checkpoint(folder, # of the run
@@ -39,9 +41,14 @@ def load_checkpoint(folder) -> dict|None:
     file = Path(folder)/"checkpoint"/"state.pt"
     if not file.is_file(): return None
     content = file.read_bytes()
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]: return print(f"{file} is damaged: the run begins again")
-    saved = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
-    if (saved["code"], saved["torch"]) != (code_version(), str(torch.__version__)): return print(f"{file} is of other code: the run begins again")
+    state, digest = content[:-32], content[-32:]
+    if hashlib.sha256(state).digest() != digest:
+        print(f"{file} is damaged: the run begins again")
+        return None
+    saved = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
+    if (saved["code"], saved["torch"]) != (code_version(), str(torch.__version__)):
+        print(f"{file} is of other code: the run begins again")
+        return None
     return saved["state"]
 
 # %% ../nbs/06b_checkpoint.ipynb #52cc3dce

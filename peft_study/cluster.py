@@ -10,36 +10,50 @@ import os, socket, sys
 from pathlib import Path
 from .config import RunConfig
 from .glue import BadInput
-from .runs import start_run, write_error
+from .runs import write_error
 
 # %% ../nbs/09b_cluster.ipynb #ecf53bb0
 def check_address(address:str):
     "`BadInput` unless something listens at `HOST:PORT`."
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try: socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError) as e: raise BadInput(f"RAY_ADDRESS {address!r} cannot be reached ({e}): give HOST:PORT, or unset it to start Ray on this machine") from None
+    except (OSError, ValueError) as e:
+        raise BadInput(f"RAY_ADDRESS {address!r} cannot be reached ({e}): give HOST:PORT, "
+                       "or unset it to start Ray on this machine") from None
 
 # %% ../nbs/09b_cluster.ipynb #09cd026c
 def _remote(cwd, path, folder, *args):
     "A run, on whatever machine this is."
     from peft_study.sweep import execute
-    os.chdir(cwd); sys.path[:] = path
+    os.chdir(cwd)
+    sys.path[:] = path
     return execute(Path(folder), *args)
 
 # %% ../nbs/09b_cluster.ipynb #fdbe7314
+def _connect():
+    "Ray, at `RAY_ADDRESS` or started here."
+    try: import ray
+    except ImportError: raise BadInput("--engine ray needs Ray: pip install 'peft_study[cluster]'") from None
+    address = os.environ.get("RAY_ADDRESS")
+    if address not in (None, "auto", "local"): check_address(address)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")   # tasks without a GPU keep CUDA_VISIBLE_DEVICES
+    own = {} if address else dict(include_dashboard=False)
+    try: ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+    except (ConnectionError, RuntimeError) as e:
+        raise BadInput(f"no Ray cluster: {str(e).splitlines()[0]}") from None
+    return ray
+
+def _needs(ray, jobs:int) -> dict:
+    "What a run asks for: its part of a GPU or, where there are none, of the smallest machine's cores."
+    if ray.cluster_resources().get("GPU", 0): return dict(num_gpus=1 / jobs, num_cpus=1)
+    cores = min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    return dict(num_cpus=max(1, int(cores // jobs)))
+
 class Ray:
-    "Runs on a Ray cluster: at `RAY_ADDRESS`, or one that is started here. `jobs` of them share a GPU or, where there are none, a machine."
+    "Runs on a Ray cluster; `jobs` of them share a GPU or, where there are none, a machine."
     def __init__(self, outputs="outputs", jobs:int=1, minutes:float=10):
-        try: import ray
-        except ImportError: raise BadInput("--engine ray needs Ray: pip install 'peft_study[cluster]'") from None
-        if (address := os.environ.get("RAY_ADDRESS")) not in (None, "auto", "local"): check_address(address)
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")   # tasks without a GPU keep CUDA_VISIBLE_DEVICES as it is
-        try: ray.init(address=address, log_to_driver=False, logging_level="ERROR", **({} if address else dict(include_dashboard=False)))
-        except (ConnectionError, RuntimeError) as e: raise BadInput(f"no Ray cluster: {str(e).splitlines()[0]}") from None
-        gpus = ray.cluster_resources().get("GPU", 0)
-        cores = min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-        needs = dict(num_gpus=1 / jobs, num_cpus=1) if gpus else dict(num_cpus=max(1, int(cores // jobs)))
-        self.ray, self.task = ray, ray.remote(_remote).options(max_retries=5, **needs)
+        self.ray = _connect()
+        self.task = self.ray.remote(_remote).options(max_retries=5, **_needs(self.ray, jobs))
         self.args, self.running = (str(Path(outputs).resolve()), minutes), {}
 
     has_room = True   # Ray has a queue of its own
@@ -48,15 +62,17 @@ class Ray:
         self.running[config] = folder, self.task.remote(os.getcwd(), sys.path, str(folder.resolve()), *self.args)
 
     def ended(self) -> list[tuple[RunConfig, int]]: # with their exit codes
-        refs = {ref: config for config, (_, ref) in self.running.items()}
-        if not refs: return []
-        over = []
-        for ref in self.ray.wait(list(refs), num_returns=len(refs), timeout=0)[0]:
-            folder, _ = self.running.pop(refs[ref])
-            try: code = self.ray.get(ref)
-            except self.ray.exceptions.RayError as e: write_error(folder, f"Ray: {str(e).strip().splitlines()[-1]}"); code = 1
-            over.append((refs[ref], code))
-        return over
+        configs = {ref: config for config, (_, ref) in self.running.items()}
+        if not configs: return []
+        ready, _ = self.ray.wait(list(configs), num_returns=len(configs), timeout=0)
+        return [(configs[ref], self._exit_code(configs[ref])) for ref in ready]
+
+    def _exit_code(self, config:RunConfig) -> int:
+        folder, ref = self.running.pop(config)
+        try: return self.ray.get(ref)
+        except self.ray.exceptions.RayError as e:
+            write_error(folder, f"Ray: {str(e).strip().splitlines()[-1]}")
+            return 1
 
     def stop(self):
         for _, ref in self.running.values(): self.ray.cancel(ref, force=True)

@@ -15,8 +15,9 @@ from jupyter_client.manager import AsyncKernelManager
 from .runs import die_with
 
 # %% ../nbs/08b_kernels.ipynb #203a084e
-PRELOAD = ["papermill", "nbclient", "ipykernel.kernelapp", "ipykernel.ipkernel", "torch", "torch.utils.tensorboard", "transformers", "accelerate", "datasets", "pandas",
-           "matplotlib.figure", "sklearn.metrics", "scipy.stats", "transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert", "peft_study.train"]
+PRELOAD = ["papermill", "nbclient", "ipykernel.kernelapp", "ipykernel.ipkernel", "torch", "torch.utils.tensorboard",
+           "transformers", "accelerate", "datasets", "pandas", "matplotlib.figure", "sklearn.metrics", "scipy.stats",
+           "transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert", "peft_study.train"]
 fork_server, beginner = (multiprocessing.get_context(kind) for kind in ("forkserver", "spawn"))
 
 def libraries_first():
@@ -26,8 +27,8 @@ def libraries_first():
 def warm_up() -> bool: # whether there is a server
     "Start the fork server, which goes on to import while this process does something else."
     from multiprocessing.forkserver import _forkserver
-    if _forkserver.get_inherited_fds() is not None:   # this is a fork of the server, whose forks know its address: without this line they would start one more
-        _forkserver.ensure_running = lambda: None
+    if _forkserver.get_inherited_fds() is not None:   # this is a fork of the server, whose forks know its address
+        _forkserver.ensure_running = lambda: None     # without this line they would start one more
         return True
     fork_server.set_forkserver_preload(PRELOAD)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")   # else a look for GPUs spoils them for forks
@@ -36,6 +37,7 @@ def warm_up() -> bool: # whether there is a server
     except OSError: return False
     return True
 
+# %% ../nbs/08b_kernels.ipynb #6be44c8d
 def begin(target, *args):
     "Start `target(*args)` in a fork of the server, or, where there is none, in a Python that imports all by itself."
     context = fork_server if warm_up() else beginner
@@ -53,7 +55,8 @@ def _redirect(path):
 def _become_kernel(parent:int, argv:list[str], env:dict, cwd:str|None, output):
     os.setsid()
     die_with(parent)
-    os.environ.clear(); os.environ.update(env)
+    os.environ.clear()
+    os.environ.update(env)
     if cwd: os.chdir(cwd)
     _redirect(output)
     import matplotlib, torch
@@ -68,7 +71,9 @@ class _Popen:
     stdin = stdout = stderr = None
     def __init__(self, process): self.process, self.pid = process, process.pid
     def poll(self): return self.process.exitcode
-    def wait(self, timeout=None): self.process.join(timeout); return self.poll()
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        return self.poll()
     def send_signal(self, number): os.kill(self.pid, number)
     def terminate(self): self.process.terminate()
     def kill(self): self.process.kill()
@@ -87,14 +92,16 @@ class ForkedKernel(Kernel):
 
     async def _async_launch_kernel(self, kernel_cmd, env=None, cwd=None, **kw):
         process = begin(_become_kernel, os.getpid(), kernel_cmd, dict(env or os.environ), cwd, self.output)
-        self.provisioner.process, self.provisioner.pid, self.provisioner.pgid = _Popen(process), process.pid, process.pid
-        self._reconcile_connection_info(self.provisioner.connection_info)
+        provisioner = self.provisioner
+        provisioner.process, provisioner.pid, provisioner.pgid = _Popen(process), process.pid, process.pid
+        self._reconcile_connection_info(provisioner.connection_info)
 
 # %% ../nbs/08b_kernels.ipynb #3c43f97e
 def execute_notebook(source, to, parameters:dict, kernel=Kernel, cwd=None):
     "Execute a notebook with parameters by papermill, and return it."
     import papermill
-    logging.getLogger("papermill").setLevel(logging.ERROR)   # notebooks take more parameters than their first cell names
+    logging.getLogger("papermill").setLevel(logging.ERROR)   # it warns of parameters that the first cell lacks
     def literally(path): return str(path).replace("{", "{{").replace("}", "}}")
-    return papermill.execute_notebook(literally(source), literally(to), parameters, kernel_name="python3", kernel_manager_class=kernel,
-                                      progress_bar=False, cwd=cwd, extra_arguments=["--IPKernelApp.log_level=40"])
+    return papermill.execute_notebook(
+        literally(source), literally(to), parameters, cwd=cwd, progress_bar=False,
+        kernel_name="python3", kernel_manager_class=kernel, extra_arguments=["--IPKernelApp.log_level=40"])

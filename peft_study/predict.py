@@ -7,7 +7,7 @@ __all__ = ['logits_of', 'decide', 'write_predictions', 'load_run', 'predict_spli
 
 # %% ../nbs/07_predict.ipynb #fadb35c4
 from pathlib import Path
-from .config import RunConfig, checkpoint_fingerprint
+from .config import checkpoint_fingerprint
 from .data import collate, eval_batches, load_tokenizer, read_split, tokenise
 from .glue import BadInput, Task, get_task, score, splits, to_word
 from .methods.core import load_adapter
@@ -26,7 +26,8 @@ def logits_of(model, rows,        # from `tokenise`
     device = next(model.parameters()).device
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     out = torch.zeros(len(rows), model.config.num_labels, device=device)
-    training = model.training; model.eval()
+    training = model.training
+    model.eval()
     with torch.inference_mode():
         for index in eval_batches([len(x) for x in rows["input_ids"]], batch_size)[rank::world]:
             columns = {k: v for k, v in rows[index].items() if k != "label"}
@@ -35,7 +36,8 @@ def logits_of(model, rows,        # from `tokenise`
     model.train(training)
     if world > 1: out = accelerator.reduce(out, "sum")
     if odd := (~out.isfinite().all(-1)).sum().item():   # argmax would make a class of them
-        raise FloatingPointError(f"the model's outputs are not finite for {odd} of {len(rows)} examples: try a lower lr")
+        raise FloatingPointError(f"the model's outputs are not finite for {odd} of {len(rows)} examples: "
+                                 "try a lower lr")
     return out.cpu().numpy()
 
 # %% ../nbs/07_predict.ipynb #6ef098fb
@@ -94,7 +96,7 @@ def evaluate(folder,           # of a finished run
     "Score a saved run again."
     config = read_config(folder)
     task = get_task(config.task_name)
-    if split not in splits(task) or not splits(task)[split].labelled:
-        raise BadInput(f"split {split!r} has no labels: use one of {', '.join(s for s, i in splits(task).items() if i.labelled)}")
+    labelled = [name for name, split_of_task in splits(task).items() if split_of_task.labelled]
+    if split not in labelled: raise BadInput(f"split {split!r} has no labels: use one of {', '.join(labelled)}")
     rows, logits = predict_split(folder, split, data, config.max_eval_examples)
     return score(task, decide(task, logits), rows["label"])

@@ -6,7 +6,7 @@
 __all__ = ['write_atomic', 'write_json', 'append_json', 'read_metrics', 'cut_metrics', 'run_folder', 'run_folders', 'places',
            'own_task', 'make_folder', 'start_run', 'read_config', 'read_result', 'is_done', 'kept_epoch', 'read_record',
            'Held', 'hold', 'holder', 'die_with', 'status', 'write_error', 'commit', 'cores', 'device_name',
-           'code_files', 'code_version', 'nvidia_smi', 'gpu_versions', 'provenance']
+           'code_files', 'code_version', 'nvidia_smi', 'gpu_versions', 'versions', 'provenance']
 
 # %% ../nbs/06_runs.ipynb #a74fafd0
 import errno, json, os, re, time
@@ -27,8 +27,10 @@ def write_atomic(path, content # text, or a function that writes to an open file
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as f:
-            content(f) if callable(content) else f.write(content.encode())
-            f.flush(); os.fsync(f.fileno())
+            if callable(content): content(f)
+            else: f.write(content.encode())
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(beside, path)
     finally: beside.unlink(missing_ok=True)   # there is one only if the disk is full
 
@@ -74,9 +76,12 @@ def run_folders(study:str, outputs="outputs") -> list[Path]:
 
 # %% ../nbs/06_runs.ipynb #b0bb6898
 def places(config:RunConfig) -> dict:
-    "Where the folders of data and checkpoint lie, for a path in the configuration may be relative. No part of the identity."
-    given = {k: getattr(config, k) for k in ("data", "checkpoint")}
-    folders = {k: str(Path(path).resolve()) for k, path in given.items() if path not in ("hub", "demo", "minilm") and Path(path).is_dir()}
+    "Where the folders of data and checkpoint lie, as their paths may be relative. No part of the identity."
+    folders = {}
+    for name in ("data", "checkpoint"):
+        path = getattr(config, name)
+        if path in ("hub", "demo", "minilm") or not Path(path).is_dir(): continue
+        folders[name] = str(Path(path).resolve())
     return dict(places=folders) if folders else {}
 
 def own_task(config:RunConfig) -> dict:
@@ -88,14 +93,17 @@ def own_task(config:RunConfig) -> dict:
 def make_folder(folder:Path):
     "Make a folder for results; `BadInput` where that is not possible."
     try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise BadInput(f"outputs {str(folder)!r}: cannot be written ({e.strerror})") from None
+    except OSError as e: raise _unwritable(folder, e) from None
+
+def _unwritable(outputs, e:OSError) -> BadInput:
+    return BadInput(f"outputs {str(outputs)!r}: cannot be written ({e.strerror})")
 
 def start_run(config:RunConfig, outputs="outputs") -> Path:
     "Make the run's folder and write `config.json`; `BadInput` where that is not possible."
     folder = run_folder(config, outputs)
     make_folder(folder)
     try: write_json(folder/"config.json", config.flat() | places(config) | own_task(config))
-    except OSError as e: raise BadInput(f"outputs {str(outputs)!r}: cannot be written ({e.strerror})") from None
+    except OSError as e: raise _unwritable(outputs, e) from None
     return folder
 
 # %% ../nbs/06_runs.ipynb #8f6cb391
@@ -103,7 +111,8 @@ def _know_task(file, settings:dict):
     "Make the task that a run folder's settings declare known here, and leave it out of them."
     declared, name = settings.pop("task", None), settings.get("task_name")
     if declared is None: return
-    if not isinstance(declared, dict) or not isinstance(name, str): raise BadInput(f"{file}: task must be a dictionary")
+    if not isinstance(declared, dict) or not isinstance(name, str):
+        raise BadInput(f"{file}: task must be a dictionary")
     remember_task(name, declared, file)
 
 def read_config(folder) -> RunConfig:
@@ -116,8 +125,8 @@ def read_config(folder) -> RunConfig:
     if not isinstance(known, dict): raise BadInput(f"{file}: places must be a dictionary, got {known!r}")
     for name, path in known.items():   # a relative path may mean another folder here, or none
         typed = settings.get(name)
-        if isinstance(path, str) and isinstance(typed, str) and Path(path).is_dir() and Path(typed).resolve() != Path(path):
-            settings[name] = path
+        if not isinstance(path, str) or not isinstance(typed, str): continue
+        if Path(path).is_dir() and Path(typed).resolve() != Path(path): settings[name] = path
     try: return RunConfig(**settings)
     except BadInput as e: raise BadInput(f"{file}: {e}") from None
 
@@ -142,9 +151,10 @@ class _Result(BaseModel):
     provenance: _Provenance = _Provenance()
 
 def _check_settings(config:dict):
-    "`BadInput` unless the common settings could be a run's; its method may be one that cannot be imported here."
+    "`BadInput` unless the common settings could be a run's; its method may be of another machine."
     if not isinstance(config["method"], str): raise BadInput("method must be a name")
-    RunConfig(**{k: v for k, v in config.items() if k in RunConfig.model_fields} | dict(method="head"))
+    common = {k: v for k, v in config.items() if k in RunConfig.model_fields}
+    RunConfig(**common | dict(method="head"))
 
 # %% ../nbs/06_runs.ipynb #410fe8fc
 def read_result(folder) -> dict|None:
@@ -162,7 +172,7 @@ def read_result(folder) -> dict|None:
 def is_done(folder) -> bool: return read_result(folder) is not None
 
 def kept_epoch(result:dict) -> str:
-    "Which of the dev scores in a result are those of the kept weights: `last`, `best`, or `chosen` by the tuning split."
+    "Which dev scores in a result are of the kept weights: `last`, `best`, or `chosen` by the tuning split."
     keep = result["config"]["keep"]
     return "chosen" if keep == "best" and "tune" in result else keep
 
@@ -195,8 +205,9 @@ def _try_lock(f, alone:bool=True) -> bool:
     except BlockingIOError: return False
     except OSError as e:
         if e.errno not in _NO_LOCKS: raise
-        raise BadInput(f"outputs {str(Path(f.name).parent)!r}: this file system has no locks ({e.strerror}), which keep two processes "
-                       "from one run; give --outputs on another, or have it mounted with locks") from None
+        raise BadInput(f"outputs {str(Path(f.name).parent)!r}: this file system has no locks "
+                       f"({e.strerror}), which keep two processes from one run; give --outputs on another, "
+                       "or have it mounted with locks") from None
     return True
 
 # %% ../nbs/06_runs.ipynb #f3c0f491
@@ -219,9 +230,9 @@ def hold(folder, name:str="train", # or notebook
 def holder(folder) -> str|None:
     "The process that works in `folder`, as `PID on MACHINE`, or None."
     for lock in (Path(folder)/".train.lock", Path(folder)/".notebook.lock"):
-        if lock.is_file():
-            with open(lock) as f:   # for reading, as outputs may be another's: then NFS gives no lock for oneself alone
-                if not _try_lock(f, alone=False): return f.read() or "another process"
+        if not lock.is_file(): continue
+        with open(lock) as f:   # for reading, as outputs may be another's: then NFS gives no lock for oneself alone
+            if not _try_lock(f, alone=False): return f.read() or "another process"
 
 # %% ../nbs/06_runs.ipynb #9cb15097
 def die_with(pid:int):
@@ -230,11 +241,11 @@ def die_with(pid:int):
     from threading import Thread
     try: other = psutil.Process(pid)
     except psutil.NoSuchProcess: other = None
-    def alive():
-        try: return other and other.is_running() and other.status() != psutil.STATUS_ZOMBIE
+    def alive(process):
+        try: return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess: return False
     def watch():
-        while alive(): time.sleep(.2)
+        while other and alive(other): time.sleep(.2)
         os.kill(os.getpid(), signal.SIGKILL)
     Thread(target=watch, daemon=True).start()
 
@@ -242,7 +253,8 @@ def die_with(pid:int):
 def status(folder) -> str:
     "done, running, failed (its error is in error.txt), or unfinished."
     if is_done(folder): return "done"
-    return "running" if holder(folder) else "failed" if (Path(folder)/"error.txt").is_file() else "unfinished"
+    if holder(folder): return "running"
+    return "failed" if (Path(folder)/"error.txt").is_file() else "unfinished"
 
 # %% ../nbs/06_runs.ipynb #ffaf96d9
 def write_error(folder, text:str):
@@ -257,16 +269,18 @@ def commit() -> str|None:
     from subprocess import run
     package = Path(peft_study.__file__).resolve().parent
     if not is_repository(package.parent): return None   # installed, perhaps below a repository of something else
-    git = lambda *args: run(["git", "-C", str(package), *args], capture_output=True, text=True)
+    def git(*args): return run(["git", "-C", str(package), *args], capture_output=True, text=True)
     try: head = git("rev-parse", "--short=12", "HEAD")
     except OSError: return None   # no git on this machine
     if head.returncode: return None
-    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--", "*.py").stdout.strip() else "")
+    changed = git("status", "--porcelain", "--", "*.py").stdout.strip()
+    return head.stdout.strip() + ("+" if changed else "")
 
 # %% ../nbs/06_runs.ipynb #3b8ad634
 def cores() -> int:
     "How many processor cores this process may use, of those that the machine has."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 def device_name(device:str) -> str:
     "The model of the GPU, or of the processor."
@@ -274,7 +288,8 @@ def device_name(device:str) -> str:
     if device.startswith("cuda"): return torch.cuda.get_device_name()
     try: lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError: return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor())
 
 # %% ../nbs/06_runs.ipynb #39493425
 def code_files() -> list[Path]:
@@ -302,15 +317,20 @@ def gpu_versions() -> dict:
     driver = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").split()
     return dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=driver[0] if driver else None)
 
+def versions(device:str) -> dict:
+    "Of the packages that compute, and of the GPU's where it is used."
+    from importlib.metadata import version
+    packages = ("peft_study", "torch", "transformers", "datasets", "accelerate")
+    return {p: version(p) for p in packages} | (gpu_versions() if device == "cuda" else {})
+
 def provenance(config:RunConfig, device:str="cpu", processes:int=1) -> dict:
     "Versions, commit, code, device, threads, and the fingerprints of data and checkpoint."
     import platform, torch
     from datetime import datetime, timezone
-    from importlib.metadata import version
     from peft_study.config import checkpoint_fingerprint
     from peft_study.data import data_fingerprint
-    packages = ("peft_study", "torch", "transformers", "datasets", "accelerate")
-    return dict(finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), commit=commit(), code=code_version(), python=platform.python_version(),
-                versions={p: version(p) for p in packages} | (gpu_versions() if device == "cuda" else {}), device=device_name(device), threads=torch.get_num_threads(), processes=processes,
+    return dict(finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                commit=commit(), code=code_version(), python=platform.python_version(), versions=versions(device),
+                device=device_name(device), threads=torch.get_num_threads(), processes=processes,
                 data_fingerprint=data_fingerprint(get_task(config.task_name), config.data),
                 checkpoint_fingerprint=checkpoint_fingerprint(config.checkpoint))
