@@ -98,7 +98,7 @@ def padding_index(encoder) -> int:
     "Where positions start to count; MPNet has it fixed."
     return 1 if encoder.model_type == "mpnet" else encoder.pad_token_id
 
-# %% ../nbs/05_model.ipynb #9b93ca33
+# %% ../nbs/05_model.ipynb #0f185b3c
 def check_precision(precision:str):
     "`BadInput` where this machine would compute in another precision than its name says."
     if precision != "tf32": return

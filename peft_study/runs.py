@@ -151,7 +151,7 @@ class _Result(BaseModel):
     provenance: _Provenance = _Provenance()
 
 def _check_settings(config:dict):
-    "`BadInput` unless the common settings could be a run's; its method may be of another machine."
+    "`BadInput` unless the common settings could be a run's; its method may not be installed here."
     if not isinstance(config["method"], str): raise BadInput("method must be a name")
     common = {k: v for k, v in config.items() if k in RunConfig.model_fields}
     RunConfig(**common | dict(method="head"))

@@ -245,7 +245,7 @@ def made_ahead(make, items, n:int=2):
             if len(waiting) > n: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
-# %% ../nbs/08_train.ipynb #52fe6122
+# %% ../nbs/08_train.ipynb #b085e829
 def batches_on_device(rows, indices:list[list[int]], # of global batches
                       pad_id:int, regression:bool, accelerator):
     "This process's shares of the batches, on its device."
@@ -297,7 +297,7 @@ def train_epoch(config:RunConfig, state:TrainState, model, rows, lengths, pad_id
             if not (epoch_ends or run_ends): between()
     at["epoch"] += 1
 
-# %% ../nbs/08_train.ipynb #b6a2a4a3
+# %% ../nbs/08_train.ipynb #03203f38
 def start_state(config:RunConfig, folder:Path, raw, n_examples:int, accelerator, show,
                 parts:int=1, saved=None) -> TrainState:
     "Where training begins, or goes on from `saved`."
@@ -451,7 +451,7 @@ def without_leftovers():
     try: yield
     finally: os.environ.update((k, before[k]) for k in before.keys() - own.keys())
 
-# %% ../nbs/08_train.ipynb #7e8fca26
+# %% ../nbs/08_train.ipynb #216e95f1
 def check_processes(processes:int):
     "`BadInput` for more processes than there are GPUs, where there are any."
     import torch
