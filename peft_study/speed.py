@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from .data import collate, eval_batches
-from .encoders import Sites, get_family
+from .encoders import Sites, families_where, get_family
 from .glue import BadInput
-from .model import CACHED_FAMILIES
 
 # %% ../nbs/05b_speed.ipynb #46bd065d
 def _keep(shape:tuple, p:float):
@@ -196,11 +195,11 @@ class FrozenLayers:
     def __init__(self, model, rows, pad_id:int, file, limit:int=8 * 2**30 # bytes
                 ):
         import numpy as np
-        self.low = lowest_trained(model)
-        if self.low == 0 or model.config.model_type not in CACHED_FAMILIES:
-            raise BadInput("cache_frozen needs a BERT, RoBERTa or ELECTRA whose lower layers stay frozen, "
-                           "as with full and top_k, or head")
-        self.stack = model.get_submodule(get_family(model.config).encoder)
+        self.low, family = lowest_trained(model), get_family(model.config)
+        if self.low == 0 or not family.cacheable:
+            raise BadInput(f"cache_frozen needs one of {families_where(lambda f: f.cacheable)} whose lower layers stay "
+                           "frozen, as with full and top_k, or head")
+        self.stack = model.get_submodule(family.encoder)
         lengths = [len(x) for x in rows["input_ids"]]
         self.starts = np.cumsum([0, *lengths])
         shape = (int(self.starts[-1]), model.config.hidden_size)

@@ -2,7 +2,7 @@
 from functools import lru_cache
 import pytest, torch
 from transformers import AutoModelForSequenceClassification
-from peft_study.encoders import FAMILIES, ROLES, tiny_config
+from peft_study.encoders import FAMILIES, ROLES, get_sizes, tiny_config
 from peft_study.glue import BadInput
 from peft_study.methods.core import apply_method, check_method, find_method, method_names, random_batch, trainable
 from peft_study.speed import speed_up
@@ -19,14 +19,17 @@ SETTINGS = dict(
     hf_lora=[dict(rank=2)], hf_prompt=[dict(prompt_length=3)], hf_prefix=[dict(prefix_length=3)])
 METHODS = [find_method(name)(**settings) for name in method_names() for settings in SETTINGS.get(name, [{}])]
 CELLS = [(kind, method) for kind in FAMILIES for method in METHODS]
-REFUSED = {("mpnet", "prefix"), ("deberta-v2", "prefix"), ("electra", "hf_prompt"), ("modernbert", "bitfit"),
-           ("modernbert", "hf_lora"), ("modernbert", "hf_ia3")}
-REFUSED |= {(kind, "hf_prefix") for kind in ("mpnet", "deberta-v2", "distilbert", "modernbert")}
 
 
 def refused(kind, method):
-    if kind == "modernbert" and getattr(method, "dora", False): return True
-    return (kind, method.name) in REFUSED
+    "Whether the family lacks what the method needs, by its entry in `FAMILIES`."
+    family, sizes = FAMILIES[kind], get_sizes(tiny_config(kind))
+    if method.name == "prefix": return "functions" not in family.attention_takes
+    if method.name == "hf_prefix": return "cache" not in family.attention_takes
+    if method.name == "hf_prompt": return sizes.E != sizes.H
+    if method.name == "bitfit": return not sizes.B
+    if method.name in ("hf_lora", "hf_ia3") or getattr(method, "dora", False): return bool(family.fused)
+    return False
 
 
 SIZES = ("rank", "alpha", "bottleneck_size", "prompt_length", "prefix_length")

@@ -141,7 +141,8 @@ def test_identity(own, tiny, monkeypatch):
     assert first.startswith("reviews-lora-r8-s0-")
     (own/"reviews").rename(own/"moved")
     assert run_id(data="moved") == first == run_id(data=str(own/"moved"))
-    changes = ("bad,fair,good", "good,fair,bad"), ("accuracy,macro_f1", "macro_f1"), ("columns = text", "columns = stars")
+    changes = [("bad,fair,good", "good,fair,bad"), ("accuracy,macro_f1", "macro_f1"),
+               ("columns = text", "columns = stars")]
     for old, new in changes:
         (own/"settings.ini").write_text(settings.replace(old, new))
         assert run_id(data="moved") != first, old

@@ -7,7 +7,7 @@ __all__ = ['HfPrefix']
 
 # %% ../../nbs/methods/12_hf_prefix.ipynb #22c253b5
 from pydantic import Field
-from ..encoders import Sites, Sizes
+from ..encoders import Sites, Sizes, families_where, get_family
 from .core import Reference
 from .prefix import Prefix
 from ..glue import BadInput
@@ -30,8 +30,10 @@ class HfPrefix(Reference):
     def n_parameters(self, s:Sizes) -> int: return 2 * s.L * self.prefix_length * s.H
 
     def check(self, config):
-        if config.model_type not in ("bert", "roberta", "electra"):
-            raise BadInput(f"method 'hf_prefix' does not work with {config.model_type}, which takes no key-value cache: use bert, roberta or electra")
+        if "cache" in get_family(config).attention_takes: return
+        able = families_where(lambda family: "cache" in family.attention_takes)
+        raise BadInput(f"method 'hf_prefix' does not work with {config.model_type}, which takes no key-value cache: "
+                       f"use one of {able}")
 
     def official(self, sites:Sites):
         from peft import PrefixTuningConfig

@@ -8,7 +8,7 @@ __all__ = ['ATTENTION', 'prefix_attention', 'register', 'hand_out', 'take_back',
 # %% ../../nbs/methods/09_prefix.ipynb #e32ffa37
 from fastcore.basics import patch
 from pydantic import Field
-from ..encoders import Sites, Sizes
+from ..encoders import Sites, Sizes, families_where, get_family
 from ..glue import BadInput
 from .core import Method, trainable
 
@@ -67,7 +67,11 @@ def fold(model):
     model.prompt_embeddings = torch.nn.Parameter(P)
 
 # %% ../../nbs/methods/09_prefix.ipynb #b9fad8c5
-_positions = dict(bert="all", electra="all", modernbert="all", roberta="real", distilbert=None)
+def _positions(config) -> str|None:
+    "Which positions the encoder counts: all, those of real tokens, or none that it can be told."
+    family = get_family(config)
+    if not family.takes_positions: return None
+    return "all" if family.padding(config) is None else "real"
 
 # %% ../../nbs/methods/09_prefix.ipynb #b61e4dcf
 class Prefix(Method):
@@ -87,8 +91,10 @@ class Prefix(Method):
     def size(self): return f"n{self.prefix_length}"
 
     def check(self, config):
-        if config.model_type not in _positions:
-            raise BadInput(f"method 'prefix' does not work with {config.model_type}, whose attention takes no functions from outside: use one of {', '.join(_positions)}")
+        if "functions" in get_family(config).attention_takes: return
+        able = families_where(lambda family: "functions" in family.attention_takes)
+        raise BadInput(f"method 'prefix' does not work with {config.model_type}, whose attention takes no functions "
+                       f"from outside: use one of {able}")
 
     def extra_positions(self) -> int: return self.prefix_length
 
@@ -106,7 +112,7 @@ def inject(self:Prefix, model, sites:Sites):
         model.prefix_table = nn.Parameter(torch.empty(n, H).normal_())
         model.prefix_mlp = nn.Sequential(nn.Linear(H, self.reparam), nn.Tanh(), nn.Linear(self.reparam, width))
     else: model.prompt_embeddings = nn.Parameter(torch.empty(n, width).normal_(std=.5))
-    model.prefix_paths, model.prefix_positions = sites["attention"], _positions[model.config.model_type]
+    model.prefix_paths, model.prefix_positions = sites["attention"], _positions(model.config)
     register()
     model.set_attn_implementation(ATTENTION)
     model.register_forward_pre_hook(hand_out, with_kwargs=True)
