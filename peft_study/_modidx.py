@@ -197,6 +197,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'peft_study.encoders._tiny_distilbert': ('encoders.html#_tiny_distilbert', 'peft_study/encoders.py'),
                                      'peft_study.encoders._tiny_electra': ('encoders.html#_tiny_electra', 'peft_study/encoders.py'),
                                      'peft_study.encoders._tiny_modernbert': ('encoders.html#_tiny_modernbert', 'peft_study/encoders.py'),
+                                     'peft_study.encoders.check_family': ('encoders.html#check_family', 'peft_study/encoders.py'),
                                      'peft_study.encoders.families_where': ('encoders.html#families_where', 'peft_study/encoders.py'),
                                      'peft_study.encoders.get_family': ('encoders.html#get_family', 'peft_study/encoders.py'),
                                      'peft_study.encoders.get_sizes': ('encoders.html#get_sizes', 'peft_study/encoders.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'FAMILIES', 'Sizes', 'Family', 'get_family', 'families_where', 'get_sizes', 'Sites', 'head_parameters',
-           'pooler_parameters', 'tiny_config']
+           'pooler_parameters', 'tiny_config', 'check_family']
 
 # %% ../nbs/03_encoders.ipynb #f7234fe4
 import re
@@ -90,7 +90,7 @@ _modernbert = dict(query="attn.Wqkv", key="attn.Wqkv", value="attn.Wqkv", attent
                    attention_end="attn.out_drop", ffn_end="mlp", attention="attn")
 _two_layer_head = ("classifier.dense", "classifier.out_proj")
 
-# %% ../nbs/03_encoders.ipynb #6aba41c4
+# %% ../nbs/03_encoders.ipynb #5565fc6f
 def _deberta_pretraining(config, name:str) -> bool:
     "Absolute positions, and the differences of embeddings of some DeBERTas."
     if ".embeddings." not in name: return False
@@ -190,3 +190,31 @@ def tiny_config(kind:str="bert", # a key of `FAMILIES`
                   hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
                   intermediate_size=2 * hidden_size)
     return AutoConfig.for_model(kind, **common | (FAMILIES[kind].tiny(hidden_size) or {}))
+
+# %% ../nbs/03_encoders.ipynb #76cc2a92
+def check_family(kind:str # a key of `FAMILIES`
+                ) -> dict:
+    "Compare every path, shape and size of a family with a tiny model of it; an error names the first that differs."
+    import torch
+    from fastcore.test import test_eq
+    from transformers import AutoModelForSequenceClassification
+    config = tiny_config(kind)
+    s, sites, family = get_sizes(config), Sites(config), get_family(config)
+    model = AutoModelForSequenceClassification.from_config(config)
+    square = dict.fromkeys(("query", "key", "value", "attention_out"), (s.H, s.H))
+    shapes = square | dict(ffn_in=(s.I, s.H), ffn_out=(s.H, s.F))
+    for role in sites.fused: shapes[role] = (len(sites.fused) * s.H, s.H)
+    for role, paths in sites.items():
+        modules = [model.get_submodule(p) for p in paths]
+        if role in shapes: test_eq({tuple(m.weight.shape) for m in modules}, {shapes[role]})
+    def count(*paths): return sum(p.numel() for path in paths for p in model.get_submodule(path).parameters())
+    pooler = [family.pooler] if family.pooler else []
+    test_eq(count(*family.head), head_parameters(config))
+    test_eq(count(*pooler), pooler_parameters(config))
+    norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm) and not n.startswith("head")]
+    test_eq(count(*norms), s.N)
+    test_eq(tuple(count(layer) for layer in sites.layers), s.P)
+    of_head = (*family.head, *pooler)
+    biases = [p for n, p in model.named_parameters() if n.endswith("bias") and not n.startswith(of_head)]
+    test_eq(sum(p.numel() for p in biases), s.B)
+    return dict(family=kind, layers=s.L, head=head_parameters(config), pooler=pooler_parameters(config), LayerNorms=s.N)
