@@ -105,6 +105,8 @@ def attention(module, query, key, value, # (batch, heads, length, width) each
     "What 🤗 transformers calls under the name `plain`; (batch, length, heads, width), None."
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    query, key, value = (x.to(dtype) for x in (query, key, value))
     if not 0 < dropout < 1 or kw.get("position_bias") is not None or kw.get("is_causal"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -112,9 +114,7 @@ def attention(module, query, key, value, # (batch, heads, length, width) each
     batch, heads, length, width = query.shape
     keep = _keep((batch * heads, length, key.shape[-2]), dropout)
     if scaling is None: scaling = width**-.5
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    q, k, v = (x.to(dtype) for x in (query, key, value))
-    O, _ = _attention()(q, k, v, attention_mask, keep, dropout, scaling)
+    O, _ = _attention()(query, key, value, attention_mask, keep, dropout, scaling)
     return O.transpose(1, 2).contiguous(), None
 
 # %% ../nbs/05b_speed.ipynb #4a704a8b

@@ -8,7 +8,7 @@ __all__ = ['seed_dropout', 'example_losses', 'own_share', 'local_batch', 'backwa
            'evaluate_epoch', 'made_ahead', 'batches_on_device', 'padded_tokens', 'train_epoch', 'start_state', 'fit',
            'predict_kept', 'peak_memory', 'begin', 'evaluations', 'costs', 'record', 'new_accelerator', 'run',
            'own_environment', 'without_leftovers', 'check_processes', 'launch', 'is_out_of_memory', 'others_memory',
-           'with_less_memory', 'train']
+           'free_memory', 'with_less_memory', 'train']
 
 # %% ../nbs/08_train.ipynb #a5c75d93
 import math, os, random, re, sys, time
@@ -502,10 +502,15 @@ def others_memory() -> float:
     return 1 - (free + torch.cuda.memory_reserved()) / total
 
 # %% ../nbs/08_train.ipynb #d00989ae
+def free_memory():
+    "Give back what nobody refers to any more."
+    import gc, torch
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+
 def with_less_memory(attempt, folder:Path, batch_size:int, pause:float=20 # seconds
                     ):
     "Call `attempt(parts)`, with twice the parts each time it runs out of memory; on a shared GPU once more the same."
-    import gc, torch
     saved, waited = load_checkpoint(folder), False
     parts = saved["at"]["parts"] if saved else 1
     while True:
@@ -514,8 +519,7 @@ def with_less_memory(attempt, folder:Path, batch_size:int, pause:float=20 # seco
             if not is_out_of_memory(e): raise
             wait = not waited and others_memory() > .15   # this process has some beside torch's
             if parts >= batch_size and not wait: raise
-        gc.collect()
-        if torch.cuda.is_available(): torch.cuda.empty_cache()
+        free_memory()
         if wait:
             print(f"out of memory, of which other processes hold a part: the same again in {pause:.0f} seconds")
             time.sleep(pause)
