@@ -20,12 +20,12 @@ from .model import build_model, check_run
 from .predict import check_finite
 from .runs import hold, is_done, run_folder, start_run, write_error
 from .speed import speed_up
-from .train import (TrainState, begin, evaluate_epoch, example_losses, free_memory, is_out_of_memory, load_data,
-                              local_batch, new_accelerator, predict_kept, record, seed_dropout, start_state, train,
-                              without_leftovers)
+from .train import (TrainState, begin, evaluate_epoch, example_losses, free_memory, is_out_of_memory,
+                              load_data, local_batch, new_accelerator, predict_kept, record, seed_dropout,
+                              start_state, train, without_leftovers)
 
 # %% ../nbs/08c_stack.ipynb #4ab675ca
-# Method → its options that may differ within a stack. What is not here does not stack, such as full fine-tuning, which shares nothing.
+# Method → its options that may differ within a stack. Others do not stack: full fine-tuning shares nothing.
 STACKS = dict(adapter=("bottleneck_size", "init"), lora=("rank", "alpha", "rslora", "lora_plus"),
               bitfit=(), head=(), ia3=(), layernorm=(), prefix=(), prompt=())
 OPTIMISATION = ("optimizer", "lr", "weight_decay", "betas", "eps", "warmup_ratio", "max_grad_norm", "keep")
@@ -76,8 +76,8 @@ def stack_logits(models:list, batch:dict): # (R, batch, outputs)
         for path, scale in scales.items(): first.get_submodule(path).lora_scale = scale
         return torch.func.functional_call(first, parameters, kwargs=batch).logits
     on_cpu = first.device.type == "cpu"
-    randomness = "same" if on_cpu else "different"   # our own dropout draws once for all runs, as it would for each alone
-    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()   # torch's fused one for processors does not stack
+    randomness = "same" if on_cpu else "different"   # our own dropout draws once, as it would for each run alone
+    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()   # torch's fused one does not stack there
     try:
         with attention: return torch.vmap(one_run, randomness=randomness)(parameters, scales)
     finally:
@@ -127,7 +127,9 @@ def survivors(members:list[Member], act, *columns # of further arguments, one a 
         else: left.append(member)
     return left
 
-def train_stack_epoch(members:list[Member], rows, lengths:list[int], pad_id:int, now_and_then) -> list[Member]: # those that are left
+def train_stack_epoch(members:list[Member], rows, lengths:list[int], pad_id:int,
+                      now_and_then   # is called with the members after each line of the log
+                     ) -> list[Member]: # those that are left
     "Train to the end of the epoch, or of the runs."
     config, first = members[0].config, members[0].state
     device, steps, regression = members[0].accelerator.device, first.log.steps, get_task(config.task_name).regression
@@ -183,7 +185,7 @@ def evaluate_stack(members:list[Member], data:dict, pad_id:int) -> list[Member]:
     return survivors(members, evaluate, range(len(members)))
 
 # %% ../nbs/08c_stack.ipynb #633bf50a
-def fit_stack(members:list[Member], show, parts:int=1, minutes:float=10, saved:list=()):
+def fit_stack(members:list[Member], saved:list, show, parts:int=1, minutes:float=10):
     "Train, predict and record the runs of one stack, all of which begin at the same step."
     first = members[0].config
     tokenizer = load_tokenizer(first.checkpoint)
@@ -192,10 +194,10 @@ def fit_stack(members:list[Member], show, parts:int=1, minutes:float=10, saved:l
     device = members[0].accelerator.device
     models = [speed_up(build_model(m.config).to(device), first.precision, device) for m in members]
     share_frozen(models)
-    for i, (member, model) in enumerate(zip(members, models)):
+    for member, model, checkpoint in zip(members, models, saved):
         member.accelerator.prepare(model)   # which puts autocast around its forward
-        def show_line(text, i=i): show(f"{i + 1}/{len(models)}  {text}")
-        member.state = start_state(member.config, member.folder, model, len(lengths), member.accelerator, show_line, parts, saved[i] if saved else None)
+        begun = member.config, member.folder, model, len(lengths), member.accelerator
+        member.state = start_state(*begun, show, parts, checkpoint)
     size, last_saved = len(members), time.monotonic()
     def save(members):
         nonlocal last_saved
@@ -220,18 +222,21 @@ def start_stack(configs:list[RunConfig], folders:list[Path], show, parts:int=1, 
     def step_of(checkpoint): return checkpoint["at"]["step"] if checkpoint else 0
     for step in sorted({step_of(s) for s in saved}):
         some = [i for i, s in enumerate(saved) if step_of(s) == step]
-        fit_stack([members[i] for i in some], show, parts, minutes, [saved[i] for i in some])
+        fit_stack([members[i] for i in some], [saved[i] for i in some], show, parts, minutes)
     for member in members: member.accelerator.end_training()
 
 # %% ../nbs/08c_stack.ipynb #3bd0b0a9
-def train_stack(configs:list[RunConfig], outputs="outputs", minutes:float=10, show=lambda text: None) -> list[Path]: # the runs' folders
+def train_stack(configs:list[RunConfig], outputs="outputs", minutes:float=10,
+                show=lambda text: None
+               ) -> list[Path]: # the runs' folders
     "Complete the runs of one `stack_key` together. A folder without a result.json has an error.txt that says why."
     folders = [run_folder(c, outputs) for c in configs]
     todo = [(c, f) for c, f in zip(configs, folders) if not is_done(f)]
     if len(todo) <= 1:
         train([c for c, _ in todo], outputs, minutes=minutes)
         return folders
-    if len({stack_key(c) for c, _ in todo} | {None}) != 2: raise ValueError("these runs do not stack: they differ in more than stack_key allows")
+    if len({stack_key(c) for c, _ in todo} | {None}) != 2:
+        raise ValueError("these runs do not stack: they differ in more than stack_key allows")
     for config, _ in todo:
         check_run(config)
         start_run(config, outputs)
