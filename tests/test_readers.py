@@ -10,7 +10,7 @@ from peft_study.data import read_file
 from peft_study.encoders import Sites, tiny_config
 from peft_study.exchange import peft_method
 from peft_study.files import BadInput
-from peft_study.glue import get_task
+from peft_study.glue import get_task, make_task
 from peft_study.methods.core import apply_method, find_method, load_adapter, save_adapter
 from peft_study.report import trace_cell
 from peft_study.results import cell_means, load_runs, predictions_of
@@ -125,7 +125,7 @@ def folder(tmp_path_factory):
     global MODEL
     MODEL = apply_method(AutoModelForSequenceClassification.from_config(tiny_config(num_labels=2)), METHOD)
     folder = tmp_path_factory.mktemp("read")
-    for name in (f"{RUN}/predictions", "s/report", "RTE", "labels"): (folder/name).mkdir(parents=True)
+    for name in (f"{RUN}/predictions", "s/report", "RTE", "labels", "own", "csv"): (folder/name).mkdir(parents=True)
     (folder/RUN/"config.json").write_text(json.dumps(CONFIG.flat()))
     save_adapter(MODEL, METHOD, folder/"adapter", {})
     return folder
@@ -148,7 +148,18 @@ def read_log(folder):
 
 
 LOG = "".join(json.dumps(m) + "\n" for m in METRICS)
+OWN = dict(columns=["text"], labels=["bad", "good"], metrics=["accuracy"], label="label", test_labelled=True)
+OWN_RUN = dict(task_name="own", method="head", data="demo", task=OWN)
+OWN_CSV = 'text,label\n"fine, ""quite""",good\ndull,bad\n'
+
+
+def read_own(folder):
+    task = make_task("own", OWN, "here")
+    return read_file(task, "train", folder/"csv")
+
+
 JSON = {f"{RUN}/config.json": (CONFIG.flat(), read_configuration),
+        "own/config.json": (OWN_RUN, lambda f: read_config(f/"own")),
         f"{RUN}/result.json": (RESULT, read_run),
         "study/study.json": (dict(name="study", seeds=[0], final_seeds=[1, 2], auto="fp32"), read_study_json),
         "adapter/run.json": (dict(method="head", checkpoint="x"), read_adapter),
@@ -159,6 +170,7 @@ TEXT = {f"{RUN}/metrics.jsonl": (LOG, read_log),
         "settings.ini": (INI, lambda f: [c.run_id for c in read_study("s", f/"settings.ini").configs]),
         "RTE/train.tsv": (TSV, lambda f: read_file(get_task("rte"), "train", f)),
         f"{RUN}/predictions/dev.tsv": (PREDICTIONS, lambda f: predictions_of(CONFIG.run_id, f/"study")),
+        "csv/train.csv": (OWN_CSV, read_own),
         "RTE.tsv": (ANSWERS, read_submission)}
 
 
