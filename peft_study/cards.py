@@ -12,7 +12,7 @@ from pathlib import Path
 from .config import RunConfig
 from .data import minilm_folder
 from .files import reason
-from .glue import TASKS, BadInput, get_task, in_order, splits
+from .glue import BadInput, get_task, in_order, splits
 from .runs import kept_epoch
 
 # %% ../nbs/07a_cards.ipynb #ca000006
@@ -46,11 +46,11 @@ _METRICS = dict(matthews="matthews_correlation", pearson="pearsonr", spearman="s
 def dataset_of(config:RunConfig) -> dict:
     "The dataset of a run, as `EvalResult` names it."
     task = get_task(config.task_name)
-    title = f"GLUE {task.title}" if task.name in TASKS else task.title
+    title = f"GLUE {task.title}" if task.of_glue else task.title
     if config.data == "demo": kind, title = "synthetic", f"synthetic data in the place of {title}"
-    elif config.data == "hub": kind = "nyu-mll/glue"
-    else: kind, title = "glue", f"{title}, from a folder"
-    return dict(dataset_type=kind, dataset_name=title, dataset_config=task.name)
+    elif config.data == "hub": kind = task.hub[0]
+    else: kind, title = "glue" if task.of_glue else task.name, f"{title}, from a folder"
+    return dict(dataset_type=kind, dataset_name=title, dataset_config=task.hub[1] if len(task.hub) == 2 else task.name)
 
 def kept_scores(result:dict) -> dict[str, dict]: # split → metrics
     "The scores of the weights that were kept, on each labelled split that the run does not train on."

@@ -329,7 +329,7 @@ def get_task(name:str # of GLUE, of a section [task.NAME], or package.module:TAS
     "The task called `name`; `BadInput` names the tasks there are."
     if name in TASKS: return TASKS[name]
     if name in declared_tasks():
-        if not name.isidentifier(): raise BadInput(f"settings.ini [task.{name}]: a name has letters, digits and _ alone")
+        if not name.isidentifier(): raise BadInput(f"settings.ini [task.{name}]: a name has letters, digits, _")
         return make_task(name, declared_tasks()[name], f"settings.ini [task.{name}]")
     if ":" in name:
         try: return _imported_task(name)
@@ -358,4 +358,5 @@ def remember_task(name:str, record:dict, where):
     differ = [key for key in _own_settings if definition(known).get(key) != definition(task).get(key)]
     if differ:
         was, now = getattr(task, differ[0]), getattr(known, differ[0])
-        raise BadInput(f"{where}: task {name!r} is declared otherwise now: {differ[0]} was {was!r} and is {now!r}")
+        change = f"{differ[0]} was {was!r} and is {now!r}"
+        raise BadInput(f"{where}: task {name!r} is declared otherwise now: {change}")
