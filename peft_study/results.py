@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FINGERPRINTS', 'FIRST', 'PLACE', 'CELL', 'DEV_FILE', 'flatten', 'chosen_configurations', 'stages', 'reported',
-           'not_reported', 'as_table', 'table_of', 'load_runs', 'done', 'made_up', 'studies', 'write_results',
-           'predictions_of', 'publish_predictions', 'decided', 'DevExamples', 'cell_means', 'best_sizes', 'runs_of',
-           'best_runs', 'floors', 'learned', 'paired', 'compare', 'compare_over_tasks', 'pairs', 'usual_claims',
-           'budget_curves', 'compare_on_dev', 'disagreements']
+           'not_reported', 'as_table', 'table_of', 'load_runs', 'done', 'methods_in', 'made_up', 'studies',
+           'write_results', 'predictions_of', 'publish_predictions', 'decided', 'DevExamples', 'cell_means',
+           'best_sizes', 'runs_of', 'best_runs', 'floors', 'learned', 'paired', 'compare', 'compare_over_tasks',
+           'pairs', 'usual_claims', 'budget_curves', 'compare_on_dev', 'disagreements']
 
 # %% ../nbs/10_results.ipynb #06cc9d41
 import hashlib, json, math, os
@@ -27,8 +27,9 @@ from .statistics import (constant_prediction, expected_best, holm, mcnemar, pair
 # %% ../nbs/10_results.ipynb #3b882cc7
 def flatten(result:dict, prefix:str="") -> dict:
     "A `result.json` in one level; configuration without prefix, lists as text with commas."
-    row = {}
-    for k, v in (result if prefix else {k: v for k, v in result.items() if k != "config"} | result["config"]).items():
+    row, items = {}, result
+    if not prefix: items = {k: v for k, v in result.items() if k != "config"} | result["config"]
+    for k, v in items.items():
         if isinstance(v, dict): row |= flatten(v, f"{prefix}{k}_")
         else: row[prefix + k] = ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v
     return row
@@ -56,7 +57,7 @@ def _data_id(row:dict) -> str:
     return f"{data}[:{n:.0f}]" if n and n == n else data
 
 def _configuration(row:dict, config:dict, method) -> str:
-    "Names what decides a run but for its seed; a setting at its default counts as not given, for older runs lack newer settings."
+    "Names what decides a run but for its seed; a default counts as not given, for older runs lack newer settings."
     fields = dict(RunConfig.model_fields) | (dict(type(method).model_fields) if method else {})
     def as_text(value): return json.dumps(value, default=str)   # a tuple, once written, is a list
     given = {k: v for k, v in config.items() if k not in fields or as_text(fields[k].default) != as_text(v)}
@@ -67,16 +68,20 @@ def _configuration(row:dict, config:dict, method) -> str:
 def _row(folder) -> dict:
     "What there is to know of a run folder, its configuration as `config`."
     result = read_result(folder)
-    if result and "config" in result: return flatten(result) | dict(status="done", kept=kept_epoch(result), config=result["config"])
+    if result and "config" in result:
+        return flatten(result) | dict(status="done", kept=kept_epoch(result), config=result["config"])
     try: run = read_config(folder)
-    except BadInput as e: return dict(run_id=folder.name, task_name=folder.name.split("-")[0], status="failed", error=str(e))
+    except BadInput as e:
+        return dict(run_id=folder.name, task_name=folder.name.split("-")[0], status="failed", error=str(e))
     config, error = run.flat(), folder/"error.txt"
-    row = flatten(dict(run_id=folder.name, size=run.method.size, config=config)) | dict(status=status(folder), config=config)
+    row = flatten(dict(run_id=folder.name, size=run.method.size, config=config))
+    row |= dict(status=status(folder), config=config)
     if error.is_file(): row["error"] = read_text(error, "replace").strip().split("\n")[0]
     return row
 
 # %% ../nbs/10_results.ipynb #db4fa0ef
-FINGERPRINTS = dict(provenance_data_fingerprint=("task_name", "data"), provenance_checkpoint_fingerprint=("checkpoint",))
+FINGERPRINTS = dict(provenance_data_fingerprint=("task_name", "data"),
+                    provenance_checkpoint_fingerprint=("checkpoint",))
 
 def _share_fingerprints(rows:list[dict]):
     "Give runs that know no fingerprint of a folder that of the newest run with the same path."
@@ -99,8 +104,9 @@ def _identify(row:dict) -> dict:
     row["encoder"], row["data_id"] = _encoder(row), _data_id(row)
     row["configuration"] = _configuration(row, config, method)
     row["selection"] = row.get(f"tune_{config.get('keep', 'last')}_score", row.get("score"))
-    finite = all(isinstance(row[k], (int, float)) and math.isfinite(row[k]) for k in ("score", "selection") if row["status"] == "done")
-    return row if finite else row | dict(status="failed", error=f"its score is {row['score']}")
+    if row["status"] != "done": return row
+    finite = [isinstance(row[k], (int, float)) and math.isfinite(row[k]) for k in ("score", "selection")]
+    return row if all(finite) else row | dict(status="failed", error=f"its score is {row['score']}")
 
 # %% ../nbs/10_results.ipynb #f217c2ea
 def chosen_configurations(table):
@@ -122,7 +128,7 @@ def stages(table, final_seeds) -> pd.Series:
 
 # %% ../nbs/10_results.ipynb #d1851b79
 def reported(table):
-    "The finished runs that tables, figures and tests show: of each cell those of the chosen configuration, with the final seeds where a study has them."
+    "The finished runs that tables, figures and tests show: those of chosen configurations, with the final seeds if there are any."
     runs = done(table)
     chosen = chosen_configurations(runs[runs.stage == "single"])
     alone = (runs.stage == "single") & runs.configuration.isin(chosen.configuration)
@@ -141,8 +147,8 @@ def as_table(rows:list[dict], final_seeds=()):
     "A table of runs, in the order of tasks, methods, parameters and seeds; `rows` are flat, with their configuration as `config`."
     _share_fingerprints(rows)
     rows = sorted(map(_identify, rows), key=lambda r: r["status"] != "done")   # complete rows first: they name the columns
-    always = [*FIRST, *CELL, "checkpoint", "data", "method", "variant", "study", "seed", "score", "selection", "kept", "error", "parameters_trainable",
-              "provenance_finished", "provenance_code"]
+    always = [*FIRST, *CELL, "checkpoint", "data", "method", "variant", "study", "seed", "score", "selection", "kept", "error",
+              "parameters_trainable", "provenance_finished", "provenance_code"]
     table = pd.DataFrame(rows)
     table = table.reindex(columns=dict.fromkeys([*table.columns, *always]))
     code = table.provenance_code.astype(object).fillna("")
@@ -159,10 +165,20 @@ def table_of(folders, final_seeds=()): return as_table([_row(f) for f in folders
 def load_runs(study:str, outputs="outputs"):
     "All runs of a study; `done` leaves out those without a result."
     folder = Path(outputs)/study
-    if not (folder/"runs").is_dir(): raise BadInput(f"no study {study!r} in {str(outputs)!r}: there are {', '.join(studies(outputs)) or 'none'}")
+    if not (folder/"runs").is_dir():
+        raise BadInput(f"no study {study!r} in {str(outputs)!r}: there are {', '.join(studies(outputs)) or 'none'}")
     return table_of(run_folders(study, outputs), read_record(study, outputs).get("final_seeds", ()))
 
 def done(table): return table[table.status == "done"]
+
+def methods_in(table) -> list[str]:
+    "The labels of a table as they are ordered everywhere: full, top layers, adapters, LoRA, the others, the linear probe."
+    first = ["full", "top_k", "adapter", "lora"]
+    def order(label):
+        base = label.split()[0]
+        place = first.index(base) if base in first else len(first)
+        return (len(first) + 1 if base == "head" else place, label)
+    return sorted(set(table.label.dropna()), key=order)
 
 # %% ../nbs/10_results.ipynb #c99c9658
 def made_up(label:str, score:float, seed:int=0, task_name:str="mrpc", **more # settings, and other columns
@@ -170,7 +186,8 @@ def made_up(label:str, score:float, seed:int=0, task_name:str="mrpc", **more # s
     "A row for `as_table`: a finished run of the method `label`, or `method rSIZE`."
     method, _, rank = label.partition(" r")
     if rank: more["rank"] = int(rank)
-    settings = {k: v for k, v in more.items() if k in RunConfig.model_fields or k in find_method(method).model_fields}
+    fields = RunConfig.model_fields | find_method(method).model_fields
+    settings = {k: v for k, v in more.items() if k in fields}
     config = RunConfig(task_name=task_name, method=method, seed=seed, **dict(study="made_up") | settings)
     run_id = f"{config.run_id}-{score}" if config.data in ("hub", "demo") else f"{task_name}-{method}-{seed}-{score}"
     flat = config.flat()
@@ -193,7 +210,7 @@ def write_results(study:str, outputs="outputs"):
 DEV_FILE = "dev_predictions.parquet"   # of a published study: columns run_id, index, prediction, label
 
 def predictions_of(run_id:str, study_folder, split:str="dev") -> pd.DataFrame|None:
-    "What a run has predicted, by the index of the example: in its folder, or, for dev, in the one file that a published study has."
+    "What a run has predicted, by the index of the example: in its folder, or, for dev, in the file of a published study."
     study_folder, words = Path(study_folder), dict(label=str, prediction=str)
     file, published = study_folder/"runs"/run_id/"predictions"/f"{split}.tsv", study_folder/DEV_FILE
     if file.is_file():
@@ -264,7 +281,7 @@ def _resampled(runs, examples:DevExamples|None):
 
 # %% ../nbs/10_results.ipynb #9ae0649b
 def cell_means(table, examples:DevExamples|None=None):
-    "A row a cell: `score`, its mean over `n` seeds, `std`, 95% interval `low` to `high` (over seeds; with `examples` over both), chosen by `selection` out of `tried`."
+    "A row a cell: mean `score` of `n` seeds, `std`, interval `low` to `high` (with `examples` over both), out of `tried`."
     chosen = chosen_configurations(table)[[*CELL, "configuration", "selection", "tried"]]
     rows = []
     for (*cell, configuration), runs in reported(table).groupby([*CELL, "configuration"], sort=False, dropna=False):
@@ -290,7 +307,7 @@ def runs_of(table, cells):
 
 # %% ../nbs/10_results.ipynb #d1c23427
 def best_runs(table):
-    "For each place and method the run that is best by `selection`, among those reported of its chosen size; out of `runs` finished ones, in `tried` configurations."
+    "For each place and method the reported run of the chosen size that is best by `selection`, out of `runs` in `tried` configurations."
     best, keys = best_sizes(table), [*PLACE, "label"]
     counts = done(table).groupby(keys, dropna=False).size().rename("runs").reset_index()
     runs = runs_of(table, best).merge(best[[*keys, "tried"]], on=keys).merge(counts, on=keys)
@@ -313,7 +330,8 @@ def learned(table, examples:DevExamples):
         here = places[tuple(place)]
         probed = runs_of(table, here[here.label == "head"])
         for label, cell in here.groupby("label", sort=False):
-            runs, to_probe = runs_of(table, cell), label != "head" and probe >= np.nan_to_num(constant, nan=-1.)
+            runs = runs_of(table, cell)
+            to_probe = label != "head" and probe >= np.nan_to_num(constant, nan=-1.)
             if to_probe: above = paired(runs, probed, examples)
             elif not math.isnan(constant): above = _over_constant(runs, constant, examples)
             else: continue
@@ -343,23 +361,24 @@ def compare(table, baseline:str="full", examples:DevExamples|None=None):
     best, rows = best_sizes(table), []
     for place, cells in best.groupby(PLACE, sort=False, dropna=False):
         runs = {label: runs_of(table, c) for label, c in cells.groupby("label", sort=False)}
-        for label in sorted(runs.keys() - {baseline}) if baseline in runs else ():
+        others = [label for label in methods_in(cells) if label != baseline]
+        for label in others if baseline in runs else ():
             found = paired(runs[label], runs[baseline], examples)
             if found["n"]: rows.append(dict(zip(PLACE, place)) | dict(label=label) | found)
     out = pd.DataFrame(rows, columns=[*PLACE, "label", "difference", "n", "low", "high", "p"])
     return out.assign(p_holm=holm(out.p))
 
 def compare_over_tasks(table, baseline:str="full"):
-    "A row an encoder and method: over how many `tasks`, in how many it is better, mean difference, `p` of Wilcoxon's test, and `p_holm`."
+    "A row an encoder and method: of how many `tasks` it is `better` on how many, the mean `difference`, Wilcoxon's `p`, `p_holm`."
     best, rows = best_sizes(table), []
     for (encoder, synthetic), cells in best.groupby(["encoder", best.data == "demo"], sort=False):
         scores = cells.pivot_table(index="task_name", columns="label", values="score", sort=False)
-        for label in [m for m in scores if m != baseline] if baseline in scores else []:
+        for label in [m for m in methods_in(cells) if m != baseline] if baseline in scores else []:
             both = scores[[label, baseline]].dropna()
             if both.empty: continue
             difference = both[label] - both[baseline]
-            rows.append(dict(encoder=encoder, label=label, tasks=len(both), better=int((difference > 0).sum()), difference=difference.mean(),
-                             p=paired_tasks(both[label], both[baseline])))
+            rows.append(dict(encoder=encoder, label=label, tasks=len(both), better=int((difference > 0).sum()),
+                             difference=difference.mean(), p=paired_tasks(both[label], both[baseline])))
     out = pd.DataFrame(rows, columns=["encoder", "label", "tasks", "better", "difference", "p"])
     return out.assign(p_holm=holm(out.p))
 
@@ -384,28 +403,29 @@ def _settings(a, b, column) -> set[str]:
 
 # %% ../nbs/10_results.ipynb #fdef0278
 def usual_claims(table):
-    "A row a place and method with a tuning split: `usual`, the dev score of what is best on dev; `fair`, that of what is best on the tuning split; `tried` configurations."
-    runs = done(table)
-    if not {"tune_best_score", "dev_best_score", "dev_chosen_score"} <= set(runs): return pd.DataFrame(columns=[*PLACE, "label", "usual", "fair", "tried"])
-    runs, rows = runs[runs.stage.isin(["tune", "single"]) & runs.tune_best_score.notna()], []
+    "A row a place and method with a tuning split: the dev score of what is best on dev, `usual`, and on the tuning split, `fair`."
+    runs, rows, columns = done(table), [], [*PLACE, "label", "usual", "fair", "tried"]
+    scores = ["tune_best_score", "dev_best_score", "dev_chosen_score"]
+    if not set(scores) <= set(runs): return pd.DataFrame(columns=columns)
+    runs = runs[runs.stage.isin(["tune", "single"]) & runs.tune_best_score.notna()]
     for key, group in runs.groupby([*PLACE, "label"], sort=False, dropna=False):
-        means = group.groupby("configuration")[["tune_best_score", "dev_best_score", "dev_chosen_score"]].mean()
+        means = group.groupby("configuration")[scores].mean()
         fair = means.dev_chosen_score[means.tune_best_score.idxmax()]
-        rows.append(dict(zip([*PLACE, "label"], key)) | dict(usual=means.dev_best_score.max(), fair=fair, tried=len(means)))
-    return pd.DataFrame(rows, columns=[*PLACE, "label", "usual", "fair", "tried"])
+        rows.append(dict(zip(columns, key)) | dict(usual=means.dev_best_score.max(), fair=fair, tried=len(means)))
+    return pd.DataFrame(rows, columns=columns)
 
 def budget_curves(table):
-    "A row a place, method and number `n` of tried configurations: `expected` dev score of the one that `selection` chooses, and of the one that is best on dev, `usual`."
-    runs, rows = done(table), []
+    "A row a place, method and number `n` of tries: `expected` dev score of what `selection` chooses; `usual`: of what dev does."
+    runs, rows, columns = done(table), [], [*PLACE, "label", "n", "expected", "usual"]
     runs = runs[runs.stage.isin(["tune", "single"])]
     usual = runs.dev_best_score if "dev_best_score" in runs else runs.score
-    chosen = runs.score
-    for key, group in runs.assign(_usual=usual.fillna(runs.score), _score=chosen).groupby([*PLACE, "label"], sort=False, dropna=False):
-        means = group.groupby("configuration")[["selection", "_score", "_usual"]].mean()
+    runs = runs.assign(_usual=usual.fillna(runs.score))
+    for key, group in runs.groupby([*PLACE, "label"], sort=False, dropna=False):
+        means = group.groupby("configuration")[["selection", "score", "_usual"]].mean()
         for n in range(1, len(means) + 1):
-            found = dict(expected=expected_best(means._score, n, by=means.selection), usual=expected_best(means._usual, n))
-            rows.append(dict(zip([*PLACE, "label"], key)) | dict(n=n) | found)
-    return pd.DataFrame(rows, columns=[*PLACE, "label", "n", "expected", "usual"])
+            found = dict(expected=expected_best(means.score, n, by=means.selection), usual=expected_best(means._usual, n))
+            rows.append(dict(zip(columns, key)) | dict(n=n) | found)
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/10_results.ipynb #95cb1f2a
 def compare_on_dev(a, b # run folders of one task
@@ -429,7 +449,8 @@ def disagreements(a, b, # run folders of one task
     "The examples on which two runs decide differently, with the text; for regression all, the largest difference first."
     configs = read_config(a), read_config(b)
     task = get_task(configs[0].task_name)
-    if configs[1].task_name != task.name: raise BadInput(f"runs of two tasks: {task.name} and {configs[1].task_name}")
+    if configs[1].task_name != task.name:
+        raise BadInput(f"runs of two tasks: {task.name} and {configs[1].task_name}")
     both = _both(a, b, split)
     examples = {e.index: e for e in read_split(task, split, configs[0].data)}
     both.insert(0, "text", [" ¶ ".join(filter(None, (examples[i].a, examples[i].b))) for i in both.index])

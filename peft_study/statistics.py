@@ -28,7 +28,8 @@ def _resample(metric:str, columns, resamples:int, seed:int, level:float):
     if len(columns[0]) < 200: raise BadInput(f"a bootstrap needs at least 200 examples, got {len(columns[0])}")
     f = METRICS[metric].along
     def statistic(*c, axis=-1): return f(c[0], c[-1]) if len(c) == 2 else f(c[0], c[-1]) - f(c[1], c[-1])
-    return bootstrap([np.asarray(c) for c in columns], statistic, paired=True, vectorized=True, n_resamples=resamples, batch=500, confidence_level=level, method="percentile", rng=np.random.default_rng(seed))
+    return bootstrap([np.asarray(c) for c in columns], statistic, paired=True, vectorized=True, n_resamples=resamples,
+                     batch=500, confidence_level=level, method="percentile", rng=np.random.default_rng(seed))
 
 def dev_interval(metric:str, predictions, labels, resamples:int=1000, seed:int=0, level:float=.95) -> tuple[float, float]:
     "Percentile interval of a metric over the examples it is computed from, of which there are at least 200."
@@ -69,19 +70,21 @@ def tail(distance, examples, seeds, df:int): # standard deviations of the two pa
 def _quantiles(df:int, level:float): # at 101 shares of the seeds' part in the variance
     from scipy.optimize.elementwise import find_root
     share = np.linspace(0, 1, 101)
-    return share, find_root(lambda d, share: tail(d, np.sqrt(1 - share), np.sqrt(share), df) - (1 - level), (np.zeros(101), np.full(101, 50.)), args=(share,)).x
+    def excess(distance, share): return tail(distance, np.sqrt(1 - share), np.sqrt(share), df) - (1 - level)
+    return share, find_root(excess, (np.zeros(101), np.full(101, 50.)), args=(share,)).x
 
 # %% ../nbs/09c_statistics.ipynb #0cf5eb92
 def two_level(scores,         # (…, seeds)
               resampled=None, # (RESAMPLES, …, seeds): the same on resampled examples; without, only seeds are chance
               level:float=.95) -> dict:
-    "`mean`, `std` over seeds, `n`, the interval `low` to `high`, and `p` of a mean of zero; none of them of fewer than three seeds, or where nothing varies."
+    "`mean`, `std` over seeds, `n`, interval `low` to `high`, `p` of a mean of zero; nan of fewer than three seeds, or without variance."
     x = np.asarray(scores, float)
     n, mean = x.shape[-1], x.mean(-1)
     nan = np.full(mean.shape, math.nan)
     std = x.std(-1, ddof=1) if n > 1 else nan
     if n < 3: return dict(mean=mean[()], std=std[()], n=n, low=nan[()], high=nan[()], p=nan[()])
-    seeds, examples = std / n**.5, np.zeros(mean.shape) if resampled is None else _examples(np.asarray(resampled, float))
+    seeds, examples = std / n**.5, np.zeros(mean.shape)
+    if resampled is not None: examples = _examples(np.asarray(resampled, float))
     both = np.hypot(seeds, examples)
     varies = both > 1e-12
     share = np.divide(seeds, both, out=np.zeros_like(both), where=varies)**2
@@ -109,7 +112,9 @@ def paired_bootstrap(metric:str, a, b, labels, resamples:int=1000, seed:int=0, l
     d = found.bootstrap_distribution
     p = 2 * min(1 + (d <= 0).sum(), 1 + (d >= 0).sum()) / (len(d) + 1)
     a, b, y = map(np.asarray, (a, b, labels))
-    return dict(difference=float(METRICS[metric](a, y) - METRICS[metric](b, y)), low=float(found.confidence_interval.low), high=float(found.confidence_interval.high), p=float(min(1, p)))
+    low, high = found.confidence_interval
+    difference = METRICS[metric](a, y) - METRICS[metric](b, y)
+    return dict(difference=float(difference), low=float(low), high=float(high), p=float(min(1, p)))
 
 # %% ../nbs/09c_statistics.ipynb #5fa2c88b
 def paired_seeds(a, b) -> float:
@@ -154,4 +159,6 @@ def parameter_efficiency(sizes,   # (parameters, low, high) of each size
                          share:float=.99) -> dict:
     "The fewest parameters whose interval `reaches` share · full, and whose interval is above it for `sure`; None where none is."
     known = sorted((n, low, high) for n, low, high in sizes if not math.isnan(low))
-    return dict(reaches=next((n for n, _, high in known if high >= share * full), None), sure=next((n for n, low, _ in known if low >= share * full), None))
+    reaches = next((n for n, _, high in known if high >= share * full), None)
+    sure = next((n for n, low, _ in known if low >= share * full), None)
+    return dict(reaches=reaches, sure=sure)

@@ -22,13 +22,16 @@ def choose(table, method:str|None=None) -> dict: # task → row of the table
     "The run that answers for each task: the best by what chooses, of all methods or of one, with `tried` configurations and `runs` to choose from."
     best = best_runs(table)
     there = sorted(set(best.label) | set(best.method))
-    if method and method not in there: raise BadInput(f"no finished run of method {method!r}: there are {', '.join(there) or 'none'}")
-    if method: best = best[best.label == method] if method in set(best.label) else best[best.method == method]
+    if method and method not in there:
+        raise BadInput(f"no finished run of method {method!r}: there are {', '.join(there) or 'none'}")
+    if method: best = best[(best.label if method in set(best.label) else best.method) == method]
     chosen = {}
     for task, rows in best.groupby("task_name"):
         data = sorted(set(rows.data_id.str.split("[").str[0]))
-        if len(data) > 1: raise BadInput(f"the runs of {task} are on several data sets, whose scores do not compare: {', '.join(data)}")
-        chosen[task] = pd.concat([rows.loc[rows.selection.idxmax()].drop(["tried", "runs"]), rows[["tried", "runs"]].sum()])
+        if len(data) > 1:
+            raise BadInput(f"the runs of {task} are on several data sets, whose scores do not compare: {', '.join(data)}")
+        first = rows.loc[rows.selection.idxmax()].drop(["tried", "runs"])
+        chosen[task] = pd.concat([first, rows[["tried", "runs"]].sum()])
     return chosen
 
 # %% ../nbs/10b_submission.ipynb #203fca34
@@ -36,7 +39,8 @@ def answers(task, split:str, run, folder) -> list[str]:
     "The lines of a submission file, header first."
     n = len(read_split(task, split, run.data))
     expected = n if run.data == "demo" else SUBMISSION_ROWS[splits(task)[split].submission]
-    if n != expected: raise BadInput(f"{splits(task)[split].file} has {n} examples, the GLUE server expects {expected}")
+    if n != expected:
+        raise BadInput(f"{splits(task)[split].file} has {n} examples, the GLUE server expects {expected}")
     saved = Path(folder)/"predictions"/f"{split}.tsv"
     lines = read_text(saved).splitlines() if saved.is_file() else []
     if len(lines) == n + 1: return lines
@@ -64,26 +68,33 @@ def submit(study:str, outputs="outputs",
                        "folders, as predictions/test.tsv")
     runs = {t: Path(outputs)/study/"runs"/run.run_id for t, run in chosen.items()}
     for t, run in chosen.items(): run["data"] = read_config(runs[t]).data   # where it lies, seen from here
-    sources = {s.submission: (t, s.name, run if (run := chosen.get(t.name)) is not None and has_split(t, s.name, run.data) else None)
-               for t in TASKS.values() for s in splits(t).values() if s.submission}
-    missing = [f"{file} ({'no test file' if t.name in chosen else 'no run'})" for file, (t, _, run) in sources.items() if run is None]
-    if missing and not fill: raise BadInput(f"nothing to answer for {', '.join(missing)}; with --fill the most frequent label does")
+    wanted = [(t, s) for t in TASKS.values() for s in splits(t).values() if s.submission]
+    def source(task, split):
+        run = chosen.get(task.name)
+        return run if run is not None and has_split(task, split.name, run.data) else None
+    sources = {s.submission: (t, s.name, source(t, s)) for t, s in wanted}
+    def why(task): return "no test file" if task.name in chosen else "no run"
+    missing = [f"{file} ({why(t)})" for file, (t, _, run) in sources.items() if run is None]
+    if missing and not fill:
+        raise BadInput(f"nothing to answer for {', '.join(missing)}; with --fill the most frequent label does")
     data = next(iter(chosen.values())).data
     files, manifest = {}, {}
     for file, (task, split, run) in sources.items():
         if run is None:
-            word = majority(task, data)
-            files[file], manifest[file] = ["index\tprediction", *(f"{i}\t{word}" for i in range(SUBMISSION_ROWS[file]))], dict(filled=word, rows=SUBMISSION_ROWS[file])
+            word, n = majority(task, data), SUBMISSION_ROWS[file]
+            files[file], manifest[file] = ["index\tprediction", *(f"{i}\t{word}" for i in range(n))], dict(filled=word, rows=n)
         else:
             files[file] = answers(task, split, run, runs[task.name])
             manifest[file] = dict(run_id=run.run_id, method=run.label, dev_score=float(run.score), selection=float(run.selection),
                                   tried=int(run.tried), runs=int(run.runs), rows=len(files[file]) - 1)
-    return _write(Path(outputs)/study/"submission"/(method or "best").replace(":", "_"), files, dict(study=study, method=method or "best of all", synthetic=data == "demo", files=manifest))
+    facts = dict(study=study, method=method or "best of all", synthetic=data == "demo", files=manifest)
+    return _write(Path(outputs)/study/"submission"/(method or "best").replace(":", "_"), files, facts)
 
 # %% ../nbs/10b_submission.ipynb #fc7f3005
 def _write(folder, files:dict[str, list[str]], manifest:dict) -> Path:
     "TSVs, manifest and zip, the zip last; the server wants the TSVs at its top and nothing else."
-    shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for name, lines in files.items(): write_atomic(folder/name, "\n".join(lines) + "\n")
     write_json(folder/"manifest.json", manifest)
     with ZipFile(folder/"writing.tmp", "w", ZIP_DEFLATED) as z:
@@ -96,7 +107,8 @@ def _column(file, name:str) -> dict[int, str]:
     rows = [line.split("\t") for line in read_text(file).strip("\r\n").splitlines()] or [[""]]
     if rows[0] != ["index", name]: raise BadInput(f"{file}: its columns must be index and {name}, got {', '.join(rows[0])}")
     for number, row in enumerate(rows[1:], 2):
-        if len(row) != 2 or not re.fullmatch("[0-9]{1,9}", row[0]): raise BadInput(f"{file} line {number}: expected an index and a {name}")
+        if len(row) != 2 or not re.fullmatch("[0-9]{1,9}", row[0]):
+            raise BadInput(f"{file} line {number}: expected an index and a {name}")
     found = {int(i): word for i, word in rows[1:]}
     if not found: raise BadInput(f"{file}: no examples")
     if len(found) < len(rows) - 1: raise BadInput(f"{file}: an index stands there twice")
@@ -109,7 +121,8 @@ def _number(task, word, where):
         number = float(word) if task.regression else task.words.index(word)
         if math.isfinite(number): return number
     except ValueError: pass
-    raise BadInput(f"{where}: {word!r} is no {'number' if task.regression else 'label of ' + task.title + ': ' + ', '.join(task.words)}") from None
+    expected = "number" if task.regression else f"label of {task.title}: {', '.join(task.words)}"
+    raise BadInput(f"{where}: {word!r} is no {expected}") from None
 
 # %% ../nbs/10b_submission.ipynb #9bebda9f
 def score_submission(folder, labels):
@@ -118,13 +131,17 @@ def score_submission(folder, labels):
     for f in (folder, labels):
         if not f.is_dir(): raise BadInput(f"{str(f)!r}: no such folder")
     rows = []
-    for task, split in ((t, s) for t in TASKS.values() for s in splits(t).values() if (labels/(s.submission or "-")).is_file()):
-        name = split.submission
+    all_splits = [(t, s.submission) for t in TASKS.values() for s in splits(t).values() if s.submission]
+    for task, name in all_splits:
+        if not (labels/name).is_file(): continue
         if not (folder/name).is_file(): raise BadInput(f"{folder}: {name} is missing, though there are labels for it")
         truth, given = _column(labels/name, "label"), _column(folder/name, "prediction")
-        if truth.keys() != given.keys(): raise BadInput(f"{folder/name}: {len(given)} predictions for {len(truth)} labels, or of other examples")
-        y, p = [[_number(task, d[i], f) for i in truth] for d, f in ((truth, labels/name), (given, folder/name))]
-        found = score(task, p, y) if name != "AX.tsv" else dict.fromkeys(("matthews", "score"), METRICS["matthews"](p, y))
+        if truth.keys() != given.keys():
+            raise BadInput(f"{folder/name}: {len(given)} predictions for {len(truth)} labels, or of other examples")
+        y = [_number(task, truth[i], labels/name) for i in truth]
+        p = [_number(task, given[i], folder/name) for i in truth]
+        if name == "AX.tsv": found = dict.fromkeys(("matthews", "score"), METRICS["matthews"](p, y))
+        else: found = score(task, p, y)
         rows.append(dict(file=name, task=task.name, examples=len(truth), **found))
     if not rows: raise BadInput(f"{str(labels)!r} has none of the label files {', '.join(SUBMISSION_ROWS)}")
     return pd.DataFrame(rows)
