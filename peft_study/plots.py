@@ -28,8 +28,8 @@ COLOURS = dict(full="#0173b2", top_k="#333333", adapter="#de8f05", lora="#029e73
 
 # %% ../nbs/11_plots.ipynb #3db9c3c3
 _boxes = dict(query=(0, 1.1), key=(0, 0), value=(0, -1.1), attention=(1.35, 0), attention_out=(2.8, 0),
-              attention_end=(4.15, 0), plus1=(5.15, 0), norm1=(6.1, 0), ffn_in=(7.4, 0), ffn_out=(8.7, 0), ffn_end=(10, 0),
-              plus2=(11, 0), norm2=(11.95, 0))
+              attention_end=(4.15, 0), plus1=(5.15, 0), norm1=(6.1, 0), ffn_in=(7.4, 0), ffn_out=(8.7, 0),
+              ffn_end=(10, 0), plus2=(11, 0), norm2=(11.95, 0))
 _names = dict(attention="softmax", attention_out="attention\nout", ffn_in="ffn in", ffn_out="ffn out",
               norm1="Layer\nNorm", norm2="Layer\nNorm", plus1="+", plus2="+", attention_end="", ffn_end="")
 
@@ -44,7 +44,8 @@ def layer_diagram(inserted:dict[str, str], # role → what is there, for what le
         learns = role in inserted
         text = inserted[role] if role.endswith("_end") else _names.get(role, role)
         if learns and not role.endswith("_end"): text += f"\n{inserted[role]}"
-        box = dict(boxstyle="circle" if "plus" in role else "round,pad=.45", fc=colour if learns else "#eeeeee", ec="#999999", lw=.8)
+        style = "circle" if "plus" in role else "round,pad=.45"
+        box = dict(boxstyle=style, fc=colour if learns else "#eeeeee", ec="#999999", lw=.8)
         ax.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if learns else "#333333", bbox=box)
     ax.set(xlim=(-1.8, 12.7), ylim=(-1.9, 2))
     ax.axis("off")
@@ -83,13 +84,15 @@ def label_lines(ax, ends:dict): # name → (x, y, colour)
         near = [other for left, other in sorted(placed) if abs(left - across) < 60]
         at = max([up, *(other + 11 for other in near if up < other + 11)])
         placed.append((across, at))
-        text = ax.annotate(name, (x, y), (6, at - up), textcoords="offset points", color=colour, fontsize=8, va="center",
-                           annotation_clip=False, zorder=5)
-        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])   # a line behind it does not strike it through
+        text = ax.annotate(name, (x, y), (6, at - up), textcoords="offset points", color=colour, fontsize=8,
+                           va="center", annotation_clip=False, zorder=5)
+        # a line behind it does not strike it through
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 # %% ../nbs/11_plots.ipynb #8c4ec5ab
-METHOD_NAMES = dict(full="full", top_k="top layers", adapter="adapters", lora="LoRA", bitfit="BitFit", layernorm="LayerNorms",
-                    ia3="(IA)³", prompt="prompt tuning", prefix="prefix tuning", head="linear probe")
+METHOD_NAMES = dict(full="full", top_k="top layers", adapter="adapters", lora="LoRA", bitfit="BitFit",
+                    layernorm="LayerNorms", ia3="(IA)³", prompt="prompt tuning", prefix="prefix tuning",
+                    head="linear probe")
 
 def shown_method(label:str) -> str:
     "A method as readers know it, with its variant."
@@ -144,7 +147,8 @@ def shown_encoder(checkpoint:str) -> str:
 def place_names(table) -> dict: # (task, encoder, data) → name
     "The places of a table in the order of tasks; encoder and data are named where a task has several."
     order = in_order(table.task_name)
-    rows = table.drop_duplicates(PLACE).sort_values("task_name", key=lambda names: names.map(order.index), kind="stable")
+    rows = table.drop_duplicates(PLACE)
+    rows = rows.sort_values("task_name", key=lambda names: names.map(order.index), kind="stable")
     found = {}
     for row in rows.itertuples():
         same_task = rows[rows.task_name == row.task_name]
@@ -171,7 +175,8 @@ def _widen(ax):
 def _draw_scaling(ax, runs, colours, band, published):
     ends = {}
     for method, group in (published.groupby("method") if published is not None else ()):
-        ax.plot(group.trainable_params, 100 * group["mean"], color=COLOURS.get(method, "#666666"), ls="--", lw=1, alpha=.6, zorder=0)
+        style = dict(color=COLOURS.get(method, "#666666"), ls="--", lw=1, alpha=.6, zorder=0)
+        ax.plot(group.trainable_params, 100 * group["mean"], **style)
     for label in methods_in(runs):
         group = runs[runs.label == label].assign(percent=lambda t: 100 * t.score)
         ax.scatter(group.parameters_trainable, group.percent, color=colours[label], alpha=.35, s=14, lw=0, zorder=2)
@@ -189,7 +194,8 @@ def _draw_scaling(ax, runs, colours, band, published):
 def _panels(n:int, height:float=3.3):
     "Figure and axes of n panels, three in a row."
     rows, across = -(-n // 3) or 1, min(3, max(1, n))
-    fig, axes = plt.subplots(rows, across, figsize=(.6 + 3.6 * across, height * rows), squeeze=False, layout="constrained")
+    size = (.6 + 3.6 * across, height * rows)
+    fig, axes = plt.subplots(rows, across, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[n:]: ax.axis("off")
     return fig, axes.flat[:n]
 
@@ -233,7 +239,7 @@ def published_scaling(file):
 
 # %% ../nbs/11_plots.ipynb #5201b05f
 def relative_to_full(table):
-    "Mean score minus full fine-tuning's in the same place, in points, against parameters; None where nothing is compared."
+    "Mean score minus that of full fine-tuning, in points, against parameters; None where nothing is compared."
     cells = cell_means(table)
     full = cells[cells.label == "full"].set_index(PLACE).score.rename("full")
     cells = cells.merge(full, left_on=PLACE, right_index=True)
@@ -263,7 +269,7 @@ _COSTS = dict(cost_train_seconds=("training, seconds", 1), cost_peak_memory_byte
               cost_adapter_bytes=("saved, MB", 1e6))
 
 def cost_vs_score(table):
-    "A dot a method, its chosen size in each place; None of one method, of unknown costs, or where no place has all methods."
+    "A dot a method, at its chosen sizes; None of one method, of unknown costs, or where no place has all methods."
     best = best_sizes(table)
     if best.label.nunique() < 2 or "cost_train_seconds" not in table: return None
     labels_of = best.groupby(PLACE).label.nunique()
@@ -288,7 +294,7 @@ def cost_vs_score(table):
 
 # %% ../nbs/11_plots.ipynb #56555c0b
 def difference_map(table):
-    "Mean score of each method's chosen size minus full fine-tuning's, in points; None where there is nothing to compare."
+    "Mean score of each method minus that of full fine-tuning, in points; None where there is nothing to compare."
     best, places = best_sizes(table), place_names(reported(table))
     names = best.assign(place=[places[tuple(row)] for row in best[PLACE].values])
     scores = names.pivot(index="label", columns="place", values="score")
@@ -337,7 +343,8 @@ def expected_best_figure(table):
 def _draw_curves(axes, folders, by) -> dict: # name → a line of it
     lines, labels = {}, {}
     for folder in folders:
-        config, metrics = read_config(folder), pd.DataFrame(read_metrics(folder), columns=["epoch", "loss", "dev_score"])
+        config = read_config(folder)
+        metrics = pd.DataFrame(read_metrics(folder), columns=["epoch", "loss", "dev_score"])
         name = config.method.label if by == "label" else str(config.flat()[by])
         labels.setdefault(name, COLOURS.get(name, f"C{len(labels)}"))
         steps, dev = metrics[metrics.loss.notna()], metrics[metrics.dev_score.notna()]
@@ -353,7 +360,9 @@ def _draw_curves(axes, folders, by) -> dict: # name → a line of it
     return lines
 
 def _legend(fig, lines:dict, title=None):
-    if lines: fig.legend(lines.values(), lines, loc="outside lower center", ncol=min(6, len(lines)), frameon=False, fontsize=9, title=title)
+    if not lines: return
+    style = dict(loc="outside lower center", ncol=min(6, len(lines)), frameon=False, fontsize=9)
+    fig.legend(lines.values(), lines, title=title, **style)
 
 # %% ../nbs/11_plots.ipynb #015a4d17
 def curves(folders,  # of runs, finished or not

@@ -25,8 +25,8 @@ from .glue import BadInput, get_task
 from .methods.core import one_line
 from .kernels import execute_notebook
 from .plots import at_place, number, place_names, shown_method, shown_metrics
-from .results import (PLACE, DevExamples, best_sizes, cell_means, compare, done, floors, learned, load_runs, methods_in, paired, pairs,
-                      reported, runs_of, studies, usual_claims)
+from .results import (PLACE, DevExamples, best_sizes, cell_means, compare, done, floors, learned, load_runs,
+                                methods_in, paired, pairs, reported, runs_of, studies, usual_claims)
 from .statistics import holm
 from .runs import read_config, write_atomic, write_json
 
@@ -51,7 +51,7 @@ def markdown_table(header:list[str], rows:list[list[str]], right:int=1 # columns
     return "\n".join([line(header), "|" + marks, *map(line, rows)])
 
 def as_it_is(text:str) -> str:
-    "Text of others, such as an error, in which Markdown finds nothing to interpret (`markdown_table` takes care of `|`)."
+    "Text of others, such as an error, in which Markdown finds nothing to interpret (`markdown_table` escapes `|`)."
     return re.sub(r"([!-/:-@\[-`{}~])", r"\\\1", " ".join(str(text).split()))
 
 # %% ../nbs/11b_report.ipynb #73fcb552
@@ -88,7 +88,7 @@ def shown_size(size:str) -> str:
 def half_width(low, high) -> str: return "" if low != low else f" ± {percent((high - low) / 2)}"
 
 class Marks:
-    "What the marks of a main table say: `ties` with the best of a place, and methods that are not shown to have learned."
+    "What the marks of a main table say: `ties` with the best of a place, and methods not shown to have learned."
     def __init__(self, table, examples:DevExamples):
         self.best, self.learned = best_sizes(table, examples), learned(table, examples)
         self.ties = set()
@@ -113,7 +113,7 @@ class Marks:
 
 # %% ../nbs/11b_report.ipynb #ddd95250
 def cell_names(table):
-    "A function that names a cell of a table as `trace` takes it: `mrpc/lora`, with encoder and data where a task has several."
+    "A function that names a cell as `trace` takes it: `mrpc/lora`, with encoder and data where a task has several."
     places = table[PLACE].drop_duplicates()
     several = {task: [p for p in PLACE[1:] if group[p].nunique() > 1] for task, group in places.groupby("task_name")}
     def name(place, *words):
@@ -173,9 +173,11 @@ def cost_table(table, trace:Trace, name:str="tbl-cost") -> str:
             runs = runs_of(table, pd.DataFrame([c]))
             seconds = trace.cell(name, named(place, c.label), f"{runs.cost_train_seconds.mean():.0f}", runs)
             memory, saved = runs.cost_peak_memory_bytes.mean() / 1e9, runs.cost_adapter_bytes.mean() / 1e6
-            rows.append([title, shown_method(c.label), shown_size(c.size), seconds, f"{runs.cost_examples_per_second.mean():.0f}",
-                         f"{memory:.2f}", f"{saved:.2f}"])
-    return markdown_table(["task", "method", "size", "training, s", "examples/s", "memory, GB", "saved, MB"], rows, right=3)
+            speed = runs.cost_examples_per_second.mean()
+            rows.append([title, shown_method(c.label), shown_size(c.size), seconds, f"{speed:.0f}", f"{memory:.2f}",
+                         f"{saved:.2f}"])
+    header = ["task", "method", "size", "training, s", "examples/s", "memory, GB", "saved, MB"]
+    return markdown_table(header, rows, right=3)
 
 # %% ../nbs/11b_report.ipynb #7e72aee2
 def p_text(p) -> str:
@@ -193,7 +195,8 @@ def test_table(table, trace:Trace, examples:DevExamples, name:str="tbl-tests") -
         for t in at_place(found, place).itertuples():
             runs = runs_of(table, here[here.label.isin([t.label, "full"])])
             difference = trace.cell(name, named(place, t.label), points(t.difference), runs)
-            rows.append([title, shown_method(t.label), difference, interval_text(t.low, t.high), t.n, p_text(t.p), p_text(t.p_holm)])
+            rows.append([title, shown_method(t.label), difference, interval_text(t.low, t.high), t.n, p_text(t.p),
+                         p_text(t.p_holm)])
     header = ["task", "method", "difference", "95% interval", "seeds", "p", "p (Holm)"]
     return markdown_table(header, rows, right=2) if rows else ""
 
@@ -208,9 +211,10 @@ def pair_table(table, column:str, two:list[tuple], trace:Trace, examples:DevExam
         names = [named(place, shared["size"], f"{shared.lr:g}", str(v)) for v in (a, b)]
         scores = [trace.cell(name, cell, percent(runs.score.mean()), runs) for cell, runs in zip(names, (x, y))]
         sides = f"{shown_method(a)}, {shown_method(b)}" if column == "method" else f"{a}, {b}"
-        rows.append([titles[place], sides, shown_size(shared["size"]), f"{shared.lr:g}", *scores, points(f["difference"]),
-                     interval_text(f["low"], f["high"]), f["n"], p_text(f["p"]), p_text(q)])
-    header = ["task", "first, second", "size", "lr", "first", "second", "difference", "95% interval", "seeds", "p", "p (Holm)"]
+        rows.append([titles[place], sides, shown_size(shared["size"]), f"{shared.lr:g}", *scores,
+                     points(f["difference"]), interval_text(f["low"], f["high"]), f["n"], p_text(f["p"]), p_text(q)])
+    header = ["task", "first, second", "size", "lr", "first", "second", "difference", "95% interval", "seeds", "p",
+              "p (Holm)"]
     return markdown_table(header, rows, right=3) if rows else ""
 
 def usual_table(table, trace:Trace, name:str="tbl-usual") -> str:
@@ -231,7 +235,8 @@ def usual_table(table, trace:Trace, name:str="tbl-usual") -> str:
 # %% ../nbs/11b_report.ipynb #843ca6bd
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
 body{{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}
-table{{border-collapse:collapse}}td,th{{padding:.15em .8em .15em 0;text-align:left}}code{{font-size:85%}}:target{{background:#fff3c4}}
+table{{border-collapse:collapse}}td,th{{padding:.15em .8em .15em 0;text-align:left}}
+code{{font-size:85%}}:target{{background:#fff3c4}}
 </style><h1>{title}</h1>{body}</html>"""
 
 def _run_rows(run:dict, outputs, folder) -> str:
@@ -247,7 +252,7 @@ def _run_rows(run:dict, outputs, folder) -> str:
 def save_trace(trace:Trace, folder, outputs="outputs"):
     "`trace.json`, and `runs.html` with a section a number: its runs, their files, and the commands that do them again."
     folder = Path(folder)
-    body = ["<p>The runs behind the numbers of the <a href='report.html'>report</a>, with their dev scores in percent.</p>"]
+    body = ["<p>The runs behind the numbers of the <a href='report.html'>report</a>, with dev scores in percent.</p>"]
     for table, cells in trace.tables.items():
         for name, cell in cells.items():
             title = html.escape(f"{table}  {name}: {cell['text']}")
@@ -261,17 +266,20 @@ _run = dict(run_id=str, study=str, score=float, command=str|None)
 _cell = TypedDict("_cell", dict(text=str, runs=list[TypedDict("_run", _run)]))
 _tables = TypeAdapter(dict[str, dict[str, _cell]])
 
-def trace_cell(table:str, cell:str, study:str|None=None, outputs="outputs") -> tuple[str, dict]: # study; the cell's text and runs
+def trace_cell(table:str, cell:str, study:str|None=None, outputs="outputs"
+              ) -> tuple[str, dict]: # the study, and the cell's text and runs
     "What a report's number comes from; `study` defaults to the one whose report is newest."
     files = sorted(Path(outputs).glob("*/report/trace.json"), key=lambda p: p.stat().st_mtime)
     reports = {p.parent.parent.name: p for p in files}
     if not reports or (study and study not in reports):
-        raise BadInput(f"no report of {study or 'any study'} in {str(outputs)!r}: make one with peft-study report STUDY")
+        which = study or "any study"
+        raise BadInput(f"no report of {which} in {str(outputs)!r}: make one with peft-study report STUDY")
     study = study or list(reports)[-1]
     tables = read_json(reports[study])
     try: _tables.validate_python(tables)
     except ValidationError as e: raise BadInput(f"{reports[study]}: {one_line(e)}") from None
-    if table not in tables: raise BadInput(f"no table {table!r} in the report of {study}: there are {', '.join(tables)}")
+    if table not in tables:
+        raise BadInput(f"no table {table!r} in the report of {study}: there are {', '.join(tables)}")
     if cell not in tables[table]: raise BadInput(f"no cell {cell!r} in {table}: there are {', '.join(tables[table])}")
     return study, tables[table][cell]
 
@@ -320,8 +328,8 @@ def execute_report(study:str, outputs="outputs") -> Path: # the executed noteboo
     finished = done(table)
     if finished.empty: raise BadInput(f"study {study!r} has no finished run to report")
     if reported(table).empty:
-        raise BadInput(f"study {study!r} has {len(finished)} finished runs of its grid, and none yet that repeats a chosen "
-                       "configuration, which is what a report shows")
+        raise BadInput(f"study {study!r} has {len(finished)} finished runs of its grid, and none yet that repeats a "
+                       "chosen configuration, which is what a report shows")
     folder = Path(outputs).resolve()/study/"report"
     folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(study=study, outputs=str(os.path.relpath(Path(outputs).resolve(), folder)))
@@ -336,8 +344,8 @@ def _project_for(notebook):
     "The folder to call Quarto in: the project, or, outside of it, the report's own with a copy of the settings."
     if notebook.is_relative_to(root()/"outputs"): return root()
     settings = read_text(root()/"_quarto.yml")
-    for inside, beside in (("outputs/*/report/report.ipynb", "report.ipynb"), ("reports/references.bib", "references.bib")):
-        settings = settings.replace(inside, beside)
+    settings = settings.replace("outputs/*/report/report.ipynb", "report.ipynb")
+    settings = settings.replace("reports/references.bib", "references.bib")
     write_atomic(notebook.parent/"_quarto.yml", settings)
     shutil.copy(root()/"reports"/"references.bib", notebook.parent)
     return notebook.parent
@@ -381,7 +389,8 @@ def as_markdown(notebook, folder) -> str:
     for i, cell in enumerate(nbformat.read(notebook, 4).cells):
         if cell.cell_type == "code":
             shown = [o.data for o in cell.outputs if "data" in o]
-            parts += [_shown(data, options(cell.source), Path(folder)/f"picture-{i}-{k}") for k, data in enumerate(shown)]
+            file, opts = f"{folder}/picture-{i}", options(cell.source)
+            parts += [_shown(data, opts, Path(f"{file}-{k}")) for k, data in enumerate(shown)]
         else: parts.append(cell.source)
     return "\n\n".join(parts)
 
@@ -435,7 +444,8 @@ STYLE = dict(
     html='''<style>
 body { font-family: system-ui, sans-serif; } a { text-decoration: none; } figure { margin: 1.5em 0; }
 table { font-size: 90%; width: auto; margin: 1em 0; } td, th { padding: .2em .8em .2em 0; }
-caption, figcaption { text-align: left; margin: .4em 0; } h1 { font-size: 1.5em; } h1.title { font-size: 1.9em; } h2 { font-size: 1.2em; }
+caption, figcaption { text-align: left; margin: .4em 0; }
+h1 { font-size: 1.5em; } h1.title { font-size: 1.9em; } h2 { font-size: 1.2em; }
 </style>''',
     typst='''#set figure(numbering: none, supplement: none)
 #set table(inset: (x: 6pt, y: 4pt))
@@ -451,7 +461,8 @@ def _variables(to:str) -> dict:
     if to == "html": return {"maxwidth": "60em", "linkcolor": pdf["linkcolor"], "header-includes": STYLE["html"]}
     tables = pdf["include-in-header"][0]["text"].replace('"quarto-float-tbl"', "table")   # as pandoc calls them
     return {"papersize": "a4", "margin": {"x": "2.2cm", "y": "2.4cm"}, "fontsize": "10pt", "page-numbering": "1",
-            "section-numbering": "1.1", "linkcolor": pdf["linkcolor"].strip("#"), "header-includes": STYLE["typst"] + tables}
+            "section-numbering": "1.1", "linkcolor": pdf["linkcolor"].strip("#"),
+            "header-includes": STYLE["typst"] + tables}
 
 def _settings(to:str, folder) -> dict: # pandoc's "defaults file"
     metadata = {"reference-section-title": "References", "lang": "en", "link-citations": True}
@@ -485,7 +496,8 @@ def plain(notebook, formats=("html", "typst")) -> list[Path]: # the files made, 
 # %% ../nbs/11b_report.ipynb #52c68986
 INSTALL = "rendered with pandoc and typst; Quarto sets it more finely: https://quarto.org/docs/get-started"
 
-def report(study:str, outputs="outputs", to=("html", "typst")) -> tuple[list[Path], str]: # files, and a word on what is missing
+def report(study:str, outputs="outputs", to=("html", "typst")
+          ) -> tuple[list[Path], str]: # files, and a word on what is missing
     "Execute and render a study's report."
     for f in to:
         if f not in ("html", "typst"): raise BadInput(f"a report is rendered to html or typst, got {f!r}")

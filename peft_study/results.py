@@ -21,8 +21,8 @@ from .files import read_text
 from .glue import BadInput, TASKS, get_task, in_order, score
 from .methods.core import find_method, method_names
 from .runs import kept_epoch, read_config, read_record, read_result, run_folders, status, write_atomic
-from .statistics import (constant_prediction, expected_best, holm, mcnemar, paired_bootstrap, paired_tasks, resampled_score,
-                                   two_level)
+from .statistics import (constant_prediction, expected_best, holm, mcnemar, paired_bootstrap, paired_tasks,
+                                   resampled_score, two_level)
 
 # %% ../nbs/10_results.ipynb #3b882cc7
 def flatten(result:dict, prefix:str="") -> dict:
@@ -95,7 +95,7 @@ def _share_fingerprints(rows:list[dict]):
             if found and not row.get(name): row[name] = found
 
 def _identify(row:dict) -> dict:
-    "The row with what it is compared as, and `selection`, the score that chooses; a run without a finite score has failed."
+    "The row with what it is compared as, and `selection`, which chooses; a run without a finite score has failed."
     config = row.pop("config", None)
     if not config: return row
     method = _method(config)
@@ -119,7 +119,7 @@ def chosen_configurations(table):
     return means.drop_duplicates(CELL).merge(tried, on=CELL).reset_index(drop=True)
 
 def stages(table, final_seeds) -> pd.Series:
-    "`single` in a study without final seeds; else `tune`, `final`, or `former` for repetitions of what is not chosen any more."
+    "`single` in a study without final seeds; else `tune`, `final`, or `former` for repetitions of a former choice."
     if not len(final_seeds): return pd.Series("single", table.index, dtype=object)
     stage = table.seed.isin(final_seeds).map({True: "final", False: "tune"})
     chosen = chosen_configurations(table.assign(stage=stage))
@@ -128,7 +128,7 @@ def stages(table, final_seeds) -> pd.Series:
 
 # %% ../nbs/10_results.ipynb #d1851b79
 def reported(table):
-    "The finished runs that tables, figures and tests show: those of chosen configurations, with the final seeds if there are any."
+    "The finished runs that tables, figures and tests show: of chosen configurations, with the final seeds if any."
     runs = done(table)
     chosen = chosen_configurations(runs[runs.stage == "single"])
     alone = (runs.stage == "single") & runs.configuration.isin(chosen.configuration)
@@ -144,11 +144,12 @@ PLACE = ["task_name", "encoder", "data_id"]   # where methods meet
 CELL = [*PLACE, "label", "size"]
 
 def as_table(rows:list[dict], final_seeds=()):
-    "A table of runs, in the order of tasks, methods, parameters and seeds; `rows` are flat, with their configuration as `config`."
+    "A table of runs, ordered by task, method, parameters and seed; `rows` are flat, with their configuration as `config`."
     _share_fingerprints(rows)
-    rows = sorted(map(_identify, rows), key=lambda r: r["status"] != "done")   # complete rows first: they name the columns
-    always = [*FIRST, *CELL, "checkpoint", "data", "method", "variant", "study", "seed", "score", "selection", "kept", "error",
-              "parameters_trainable", "provenance_finished", "provenance_code"]
+    # complete rows first: they name the columns
+    rows = sorted(map(_identify, rows), key=lambda r: r["status"] != "done")
+    always = [*FIRST, *CELL, "checkpoint", "data", "method", "variant", "study", "seed", "score", "selection", "kept",
+              "error", "parameters_trainable", "provenance_finished", "provenance_code"]
     table = pd.DataFrame(rows)
     table = table.reindex(columns=dict.fromkeys([*table.columns, *always]))
     code = table.provenance_code.astype(object).fillna("")
@@ -172,7 +173,7 @@ def load_runs(study:str, outputs="outputs"):
 def done(table): return table[table.status == "done"]
 
 def methods_in(table) -> list[str]:
-    "The labels of a table as they are ordered everywhere: full, top layers, adapters, LoRA, the others, the linear probe."
+    "The labels of a table in the order of all tables: full, top layers, adapters, LoRA, the others, the linear probe."
     first = ["full", "top_k", "adapter", "lora"]
     def order(label):
         base = label.split()[0]
@@ -210,7 +211,7 @@ def write_results(study:str, outputs="outputs"):
 DEV_FILE = "dev_predictions.parquet"   # of a published study: columns run_id, index, prediction, label
 
 def predictions_of(run_id:str, study_folder, split:str="dev") -> pd.DataFrame|None:
-    "What a run has predicted, by the index of the example: in its folder, or, for dev, in the file of a published study."
+    "What a run has predicted, by index: from its folder, or, for dev, from the file of a published study."
     study_folder, words = Path(study_folder), dict(label=str, prediction=str)
     file, published = study_folder/"runs"/run_id/"predictions"/f"{split}.tsv", study_folder/DEV_FILE
     if file.is_file():
@@ -256,7 +257,8 @@ class DevExamples:
     def of(self, runs) -> list:
         "Of rows of the table of runs."
         def predict(task, frame, y): return decided(task, frame.prediction)
-        return [self._score((run.study, run.run_id), run, predict) for run in runs[["study", "run_id", "task_name"]].itertuples()]
+        rows = runs[["study", "run_id", "task_name"]].itertuples()
+        return [self._score((run.study, run.run_id), run, predict) for run in rows]
 
     def constant(self, run):
         "Of the constant prediction on a run's examples."
@@ -281,7 +283,7 @@ def _resampled(runs, examples:DevExamples|None):
 
 # %% ../nbs/10_results.ipynb #9ae0649b
 def cell_means(table, examples:DevExamples|None=None):
-    "A row a cell: mean `score` of `n` seeds, `std`, interval `low` to `high` (with `examples` over both), out of `tried`."
+    "A row a cell: mean `score` of `n` seeds, `std`, interval `low` to `high` (with `examples` of both), `tried`."
     chosen = chosen_configurations(table)[[*CELL, "configuration", "selection", "tried"]]
     rows = []
     for (*cell, configuration), runs in reported(table).groupby([*CELL, "configuration"], sort=False, dropna=False):
@@ -307,7 +309,7 @@ def runs_of(table, cells):
 
 # %% ../nbs/10_results.ipynb #d1c23427
 def best_runs(table):
-    "For each place and method the reported run of the chosen size that is best by `selection`, out of `runs` in `tried` configurations."
+    "For each place and method the reported run that is best by `selection`, out of `runs` in `tried` configurations."
     best, keys = best_sizes(table), [*PLACE, "label"]
     counts = done(table).groupby(keys, dropna=False).size().rename("runs").reset_index()
     runs = runs_of(table, best).merge(best[[*keys, "tried"]], on=keys).merge(counts, on=keys)
@@ -315,7 +317,7 @@ def best_runs(table):
 
 # %% ../nbs/10_results.ipynb #8e632bb0
 def floors(table, examples:DevExamples):
-    "A row a place: `constant`, the score of the constant prediction, and `probe`, the linear probe's mean; nan where it is not known."
+    "A row a place: the scores of the `constant` prediction and the linear `probe`; nan where they are not known."
     shown = reported(table).drop_duplicates(PLACE)
     constants = [examples.constant_score(run) for run in shown.itertuples()]
     cells = cell_means(table[table.label == "head"])
@@ -323,7 +325,7 @@ def floors(table, examples:DevExamples):
     return shown[PLACE].assign(constant=constants).merge(probes, on=PLACE, how="left").astype(dict(probe=float))
 
 def learned(table, examples:DevExamples):
-    "A row a place and method: its `difference` to the higher `floor`, the interval `low` to `high`, and whether it has `learned`."
+    "A row a place and method: its `difference` to the higher `floor`, interval `low` to `high`, and whether it `learned`."
     best, rows = best_sizes(table), []
     places = {place: cells for place, cells in best.groupby(PLACE, sort=False)}
     for *place, constant, probe in floors(table, examples).itertuples(index=False):
@@ -336,7 +338,8 @@ def learned(table, examples:DevExamples):
             elif not math.isnan(constant): above = _over_constant(runs, constant, examples)
             else: continue
             low = above["difference"] if math.isnan(above["low"]) else above["low"]
-            names = dict(zip(PLACE, place)) | dict(label=label, floor="probe" if to_probe else "constant", learned=bool(low > 0))
+            floor = "probe" if to_probe else "constant"
+            names = dict(zip(PLACE, place)) | dict(label=label, floor=floor, learned=bool(low > 0))
             rows.append(names | {k: above[k] for k in ("difference", "n", "low", "high")})
     return pd.DataFrame(rows, columns=[*PLACE, "label", "floor", "learned", "difference", "n", "low", "high"])
 
@@ -369,7 +372,7 @@ def compare(table, baseline:str="full", examples:DevExamples|None=None):
     return out.assign(p_holm=holm(out.p))
 
 def compare_over_tasks(table, baseline:str="full"):
-    "A row an encoder and method: of how many `tasks` it is `better` on how many, the mean `difference`, Wilcoxon's `p`, `p_holm`."
+    "A row an encoder and method: `tasks`, on how many it is `better`, mean `difference`, Wilcoxon's `p`, and `p_holm`."
     best, rows = best_sizes(table), []
     for (encoder, synthetic), cells in best.groupby(["encoder", best.data == "demo"], sort=False):
         scores = cells.pivot_table(index="task_name", columns="label", values="score", sort=False)
@@ -403,7 +406,7 @@ def _settings(a, b, column) -> set[str]:
 
 # %% ../nbs/10_results.ipynb #fdef0278
 def usual_claims(table):
-    "A row a place and method with a tuning split: the dev score of what is best on dev, `usual`, and on the tuning split, `fair`."
+    "A row a place and method: the dev score of what is best on dev, `usual`, and on the tuning split, `fair`."
     runs, rows, columns = done(table), [], [*PLACE, "label", "usual", "fair", "tried"]
     scores = ["tune_best_score", "dev_best_score", "dev_chosen_score"]
     if not set(scores) <= set(runs): return pd.DataFrame(columns=columns)
@@ -415,7 +418,7 @@ def usual_claims(table):
     return pd.DataFrame(rows, columns=columns)
 
 def budget_curves(table):
-    "A row a place, method and number `n` of tries: `expected` dev score of what `selection` chooses; `usual`: of what dev does."
+    "A row a place, method and `n` tries: `expected` dev score of what `selection` chooses; `usual`: of what dev does."
     runs, rows, columns = done(table), [], [*PLACE, "label", "n", "expected", "usual"]
     runs = runs[runs.stage.isin(["tune", "single"])]
     usual = runs.dev_best_score if "dev_best_score" in runs else runs.score
@@ -423,8 +426,8 @@ def budget_curves(table):
     for key, group in runs.groupby([*PLACE, "label"], sort=False, dropna=False):
         means = group.groupby("configuration")[["selection", "score", "_usual"]].mean()
         for n in range(1, len(means) + 1):
-            found = dict(expected=expected_best(means.score, n, by=means.selection), usual=expected_best(means._usual, n))
-            rows.append(dict(zip(columns, key)) | dict(n=n) | found)
+            expected = expected_best(means.score, n, by=means.selection)
+            rows.append(dict(zip(columns, key)) | dict(n=n, expected=expected, usual=expected_best(means._usual, n)))
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/10_results.ipynb #95cb1f2a
@@ -446,7 +449,7 @@ def _both(a, b, split):
 # %% ../nbs/10_results.ipynb #aba6375b
 def disagreements(a, b, # run folders of one task
                   split:str="dev"):
-    "The examples on which two runs decide differently, with the text; for regression all, the largest difference first."
+    "The examples on which two runs decide differently, with the text; of regression all, largest difference first."
     configs = read_config(a), read_config(b)
     task = get_task(configs[0].task_name)
     if configs[1].task_name != task.name:

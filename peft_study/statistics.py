@@ -31,7 +31,8 @@ def _resample(metric:str, columns, resamples:int, seed:int, level:float):
     return bootstrap([np.asarray(c) for c in columns], statistic, paired=True, vectorized=True, n_resamples=resamples,
                      batch=500, confidence_level=level, method="percentile", rng=np.random.default_rng(seed))
 
-def dev_interval(metric:str, predictions, labels, resamples:int=1000, seed:int=0, level:float=.95) -> tuple[float, float]:
+def dev_interval(metric:str, predictions, labels, resamples:int=1000, seed:int=0, level:float=.95
+                ) -> tuple[float, float]:
     "Percentile interval of a metric over the examples it is computed from, of which there are at least 200."
     interval = _resample(metric, (predictions, labels), resamples, seed, level).confidence_interval
     return float(interval.low), float(interval.high)
@@ -77,7 +78,7 @@ def _quantiles(df:int, level:float): # at 101 shares of the seeds' part in the v
 def two_level(scores,         # (…, seeds)
               resampled=None, # (RESAMPLES, …, seeds): the same on resampled examples; without, only seeds are chance
               level:float=.95) -> dict:
-    "`mean`, `std` over seeds, `n`, interval `low` to `high`, `p` of a mean of zero; nan of fewer than three seeds, or without variance."
+    "`mean`, `std` over seeds, `n`, interval `low` to `high`, `p` of a mean of zero; nan of fewer than three seeds."
     x = np.asarray(scores, float)
     n, mean = x.shape[-1], x.mean(-1)
     nan = np.full(mean.shape, math.nan)
@@ -127,7 +128,8 @@ def paired_tasks(a, b) -> float:
     "p of Wilcoxon's exact test; `a` and `b` are mean scores on the same tasks. nan of fewer than three."
     from scipy.stats import wilcoxon
     if len(a) < 3: return math.nan
-    return 1. if np.allclose(a, b, atol=1e-12, rtol=0) else float(wilcoxon(np.asarray(a) - np.asarray(b), method="auto").pvalue)
+    if np.allclose(a, b, atol=1e-12, rtol=0): return 1.
+    return float(wilcoxon(np.asarray(a) - np.asarray(b), method="auto").pvalue)
 
 # %% ../nbs/09c_statistics.ipynb #30df4645
 def holm(p) -> list[float]:
@@ -157,7 +159,7 @@ def glue_score(scores:dict) -> dict: # task → score
 def parameter_efficiency(sizes,   # (parameters, low, high) of each size
                          full:float, # mean score of full fine-tuning
                          share:float=.99) -> dict:
-    "The fewest parameters whose interval `reaches` share · full, and whose interval is above it for `sure`; None where none is."
+    "The fewest parameters whose interval `reaches` share · full, and is above it for `sure`; None where none is."
     known = sorted((n, low, high) for n, low, high in sizes if not math.isnan(low))
     reaches = next((n for n, _, high in known if high >= share * full), None)
     sure = next((n for n, low, _ in known if low >= share * full), None)

@@ -19,7 +19,7 @@ from .runs import read_config, write_atomic, write_json
 
 # %% ../nbs/10b_submission.ipynb #7587b13d
 def choose(table, method:str|None=None) -> dict: # task → row of the table
-    "The run that answers for each task: the best by what chooses, of all methods or of one, with `tried` configurations and `runs` to choose from."
+    "The run that answers for each task: the best by what chooses, of all methods or of one, out of `tried` and `runs`."
     best = best_runs(table)
     there = sorted(set(best.label) | set(best.method))
     if method and method not in there:
@@ -29,7 +29,8 @@ def choose(table, method:str|None=None) -> dict: # task → row of the table
     for task, rows in best.groupby("task_name"):
         data = sorted(set(rows.data_id.str.split("[").str[0]))
         if len(data) > 1:
-            raise BadInput(f"the runs of {task} are on several data sets, whose scores do not compare: {', '.join(data)}")
+            named = ", ".join(data)
+            raise BadInput(f"the runs of {task} are on several data sets, whose scores do not compare: {named}")
         first = rows.loc[rows.selection.idxmax()].drop(["tried", "runs"])
         chosen[task] = pd.concat([first, rows[["tried", "runs"]].sum()])
     return chosen
@@ -82,11 +83,13 @@ def submit(study:str, outputs="outputs",
     for file, (task, split, run) in sources.items():
         if run is None:
             word, n = majority(task, data), SUBMISSION_ROWS[file]
-            files[file], manifest[file] = ["index\tprediction", *(f"{i}\t{word}" for i in range(n))], dict(filled=word, rows=n)
+            files[file] = ["index\tprediction", *(f"{i}\t{word}" for i in range(n))]
+            manifest[file] = dict(filled=word, rows=n)
         else:
             files[file] = answers(task, split, run, runs[task.name])
-            manifest[file] = dict(run_id=run.run_id, method=run.label, dev_score=float(run.score), selection=float(run.selection),
-                                  tried=int(run.tried), runs=int(run.runs), rows=len(files[file]) - 1)
+            manifest[file] = dict(run_id=run.run_id, method=run.label, dev_score=float(run.score),
+                                  selection=float(run.selection), tried=int(run.tried), runs=int(run.runs),
+                                  rows=len(files[file]) - 1)
     facts = dict(study=study, method=method or "best of all", synthetic=data == "demo", files=manifest)
     return _write(Path(outputs)/study/"submission"/(method or "best").replace(":", "_"), files, facts)
 
@@ -105,7 +108,8 @@ def _write(folder, files:dict[str, list[str]], manifest:dict) -> Path:
 def _column(file, name:str) -> dict[int, str]:
     "index → word of a TSV."
     rows = [line.split("\t") for line in read_text(file).strip("\r\n").splitlines()] or [[""]]
-    if rows[0] != ["index", name]: raise BadInput(f"{file}: its columns must be index and {name}, got {', '.join(rows[0])}")
+    if rows[0] != ["index", name]:
+        raise BadInput(f"{file}: its columns must be index and {name}, got {', '.join(rows[0])}")
     for number, row in enumerate(rows[1:], 2):
         if len(row) != 2 or not re.fullmatch("[0-9]{1,9}", row[0]):
             raise BadInput(f"{file} line {number}: expected an index and a {name}")

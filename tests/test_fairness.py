@@ -4,13 +4,13 @@ import nbformat, numpy as np, pandas as pd, pytest
 from fabricate import final_seeds, run_folder
 from peft_study.glue import BadInput
 from peft_study.report import Trace, execute_report, main_table, pair_table
-from peft_study.results import (DevExamples, best_runs, cell_means, compare, learned, load_runs, not_reported, pairs, paired,
-                                predictions_of, publish_predictions, reported)
+from peft_study.results import (DevExamples, best_runs, cell_means, compare, learned, load_runs, not_reported,
+                                paired, pairs, predictions_of, publish_predictions, reported)
 from peft_study.submission import choose
 
 
 def test_two_encoders_in_a_study(tmp_path):
-    "LoRA is one point worse on each of two encoders that are 15 points apart: that is what comes out, with rows for each."
+    "LoRA is one point worse on each of two encoders, 15 points apart: that is what comes out, with rows for each."
     for encoder, level in (("minilm", .70), ("bert-base-uncased", .85)):
         for seed in range(5):
             for method, worse in (("full", 0), ("lora", .01)):
@@ -21,7 +21,8 @@ def test_two_encoders_in_a_study(tmp_path):
     found = compare(table).set_index("encoder")
     assert found.difference.round(9).to_dict() == {"minilm": -.01, "bert-base-uncased": -.01}
     cells = cell_means(table)
-    assert len(cells) == 4 and cells.groupby("encoder").score.max().round(3).to_dict() == {"minilm": .702, "bert-base-uncased": .852}
+    best = cells.groupby("encoder").score.max().round(3).to_dict()
+    assert len(cells) == 4 and best == {"minilm": .702, "bert-base-uncased": .852}
     rows = main_table(table, Trace(), DevExamples(tmp_path)).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| RTE (bert-base-uncased)", "| RTE (MiniLM)"]
 
@@ -73,7 +74,8 @@ def test_a_run_that_collapsed(tmp_path):
 
 def test_the_tuning_score_chooses(tmp_path):
     "Not the dev score, which is only reported: for tables, sizes and the submission."
-    for rate, dev, tune in ((1e-3, .90, .60), (2e-3, .70, .80)): run_folder(tmp_path, dev, tune=tune, method="lora", rank=1, lr=rate, tune_share=.1)
+    for rate, dev, tune in ((1e-3, .90, .60), (2e-3, .70, .80)):
+        run_folder(tmp_path, dev, tune=tune, method="lora", rank=1, lr=rate, tune_share=.1)
     run_folder(tmp_path, .95, tune=.70, method="lora", rank=8, tune_share=.1)
     table = load_runs("made_up", tmp_path)
     cells = cell_means(table).set_index("size")
@@ -83,12 +85,15 @@ def test_the_tuning_score_chooses(tmp_path):
 
 def test_floors(tmp_path):
     "Above the linear probe by its interval, or not; without a probe, above the constant prediction."
+    accuracies = dict(full=.85, bitfit=.62, ia3=.5, head=.6)
     for seed in range(5):
-        for method, accuracy in (("full", .85), ("bitfit", .62), ("ia3", .5), ("head", .6)): run_folder(tmp_path, accuracy, method=method, seed=seed)
+        for method, accuracy in accuracies.items(): run_folder(tmp_path, accuracy, method=method, seed=seed)
     table, examples = load_runs("made_up", tmp_path), DevExamples(tmp_path)
-    assert dict(zip(learned(table, examples).label, learned(table, examples).learned)) == dict(full=True, bitfit=False, ia3=False, head=True)
+    found = learned(table, examples)
+    assert dict(zip(found.label, found.learned)) == dict(full=True, bitfit=False, ia3=False, head=True)
     alone = table[table.method != "head"]
-    assert dict(zip(learned(alone, examples).label, learned(alone, examples).learned)) == dict(full=True, bitfit=True, ia3=False)
+    found = learned(alone, examples)
+    assert dict(zip(found.label, found.learned)) == dict(full=True, bitfit=True, ia3=False)
     text = main_table(table, Trace(), examples)
     assert text.count("‡") == 2 and "| linear probe | constant |" in text
 
@@ -110,16 +115,20 @@ def said(notebook) -> str:
     "What an executed report says, tables included."
     cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
     assert not [o for c in cells for o in c.outputs if o.output_type in ("error", "stream")]
-    return "\n\n".join(o["data"]["text/markdown"] for c in cells for o in c.outputs if "text/markdown" in o.get("data", {}))
+    shown = [o.get("data", {}) for c in cells for o in c.outputs]
+    return "\n\n".join(data["text/markdown"] for data in shown if "text/markdown" in data)
 
 
 def test_report_of_two_stages(tmp_path):
-    "Unequal grids, a final seed that failed, repetitions of a former choice, a cell that waits: each is said, and the number is of the rest."
-    def run(method, accuracy, seed, lr=1e-3, **more): return run_folder(tmp_path, accuracy, method=method, seed=seed, lr=lr, tune_share=.1, **more)
+    "Unequal grids, a final seed that failed, repetitions of a former choice, a cell that waits: each is said."
+    def run(method, accuracy, seed, lr=1e-3, **more):
+        return run_folder(tmp_path, accuracy, method=method, seed=seed, lr=lr, tune_share=.1, **more)
     for method, rates in (("full", (1e-3,)), ("lora", (1e-3, 2e-3, 3e-3)), ("head", (1e-3,)), ("bitfit", (1e-3,))):
         for rate in rates: run(method, .6 + 50 * rate, 0, rate, tune=.6 + 50 * rate)
     for method, rate in (("full", 1e-3), ("lora", 3e-3), ("head", 1e-3)):
-        for seed in (1, 2, 3, 4): run(method, .8 - .2 * (method == "head"), seed, rate, tune=.8, error="killed" if (method, seed) == ("lora", 4) else None)
+        for seed in (1, 2, 3, 4):
+            error = "killed" if (method, seed) == ("lora", 4) else None
+            run(method, .6 if method == "head" else .8, seed, rate, tune=.8, error=error)
     former = run("lora", .99, 1, 2e-3, tune=.8)
     final_seeds(tmp_path, [1, 2, 3, 4])
     table = load_runs("made_up", tmp_path)
@@ -132,7 +141,8 @@ def test_report_of_two_stages(tmp_path):
                   "run with seed 0 (6 runs)", "choosing configuration and epoch on dev, would have claimed"):
         assert words in text, words
     lora = cell_means(table).set_index("label").loc["lora"]
-    assert lora.n == 3 and f"| {100 * lora.score:.1f}" not in text and f"[{100 * lora.score:.1f}](runs.html#tbl-sizes-rte-lora-r8)" in text
+    score = f"{100 * lora.score:.1f}"
+    assert lora.n == 3 and f"| {score}" not in text and f"[{score}](runs.html#tbl-sizes-rte-lora-r8)" in text
 
 
 def test_run_folders_of_former_versions(tmp_path):
@@ -147,19 +157,20 @@ def test_run_folders_of_former_versions(tmp_path):
                 (folder/file).write_text(json.dumps(content))
     new = run_folder(tmp_path, .8, method="lora", seed=3, task_name="mrpc")
     table = load_runs("made_up", tmp_path)
-    assert set(table.stage) == {"single"} and table[table.method == "lora"].configuration.nunique() == 1 and new.name in set(table.run_id)
+    assert set(table.stage) == {"single"} and table[table.method == "lora"].configuration.nunique() == 1
+    assert new.name in set(table.run_id)
     text = said(execute_report("made_up", tmp_path))
     assert "There is no tuning split: dev chooses, and dev is reported" in text and "There is no linear probe." in text
 
 
 def test_several_data_sets_are_no_submission(tmp_path):
     for seed, data in ((0, "demo"), (1, "hub")): run_folder(tmp_path, .8, method="lora", seed=seed, data=data)
-    with pytest.raises(BadInput, match="the runs of rte are on several data sets, whose scores do not compare: demo, hub"):
+    with pytest.raises(BadInput, match="the runs of rte are on several data sets, .* do not compare: demo, hub"):
         choose(load_runs("made_up", tmp_path))
 
 
 def test_more_tries_win_nothing():
-    "Two methods without a difference, of which one has 16 configurations to choose from and the other two, in 120 places."
+    "Two methods without a difference, one with 16 configurations to choose from, the other with two, in 120 places."
     from peft_study.results import as_table, made_up
     rng, rows = np.random.default_rng(0), []
     bases = dict(lora=made_up("lora", .8, tune_share=.1), bitfit=made_up("bitfit", .8, tune_share=.1))
@@ -167,7 +178,8 @@ def test_more_tries_win_nothing():
         settings = dict(checkpoint=f"encoder-{place}", lr=float(lr), seed=seed)
         dev, tune = rng.normal(.8, .02, 2)   # every configuration is equally good
         config = bases[method]["config"] | settings
-        rows.append(bases[method] | settings | dict(run_id=f"{place}-{method}-{lr}-{seed}", score=dev, tune_last_score=tune, config=config))
+        run_id = f"{place}-{method}-{lr}-{seed}"
+        rows.append(bases[method] | settings | dict(run_id=run_id, score=dev, tune_last_score=tune, config=config))
         return tune
     for place in range(120):
         for method, tried in (("bitfit", 2), ("lora", 16)):
@@ -177,7 +189,8 @@ def test_more_tries_win_nothing():
     assert set(table.stage) == {"tune", "final"} and set(cell_means(table).tried) == {2, 16}
     found = compare(table, "bitfit")
     assert len(found) == 120 and (found.n == 5).all()
-    assert (found.p <= .05).mean() <= .05 + 3 * (.05 * .95 / 120)**.5 and .36 < (found.difference > 0).mean() < .64   # at most 6%: the lesson
+    assert (found.p <= .05).mean() <= .05 + 3 * (.05 * .95 / 120)**.5   # at most 6%: the lesson
+    assert .36 < (found.difference > 0).mean() < .64
     grid = table[table.stage == "tune"]
     on_dev = grid.groupby(["encoder", "method"]).score.max().unstack()   # the usual way: what is best on dev, of dev
     assert (on_dev.lora > on_dev.bitfit).mean() > .8

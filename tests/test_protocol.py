@@ -9,12 +9,15 @@ from conftest import descendants
 def two(tmp_path, tiny):
     "Start `peft-study study two …` in a folder of its own."
     (tmp_path/"settings.ini").write_text(
-        f"[two]\ntask_name = cola\ndata = demo\ncheckpoint = {tiny}\nmax_train_examples = 320\nmax_eval_examples = 40\nn_epochs = 2\n"
+        f"[two]\ntask_name = cola\ndata = demo\ncheckpoint = {tiny}\n"
+        "max_train_examples = 320\nmax_eval_examples = 40\nn_epochs = 2\n"
         "tune_share = 0.2\nseed = 0\nfinal_seeds = 1 2\nlr = 1e-4 1e-2\n[two.lora]\nrank = 1\n[two.head]\n")
     def start(*flags):
-        command = [sys.executable, "-c", "from peft_study.cli import main; main()", "study", "two", "--checkpoint-minutes", "0", *flags]
-        return subprocess.Popen(command, cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        program = [sys.executable, "-c", "from peft_study.cli import main; main()"]
+        command = [*program, "study", "two", "--checkpoint-minutes", "0", *flags]
+        env = os.environ | dict(OMP_NUM_THREADS="1")
+        return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, start_new_session=True)
     start.runs = tmp_path/"outputs/two/runs"
     start.table = lambda: pd.read_csv(tmp_path/"outputs/two/results.csv")
     return start
@@ -42,8 +45,8 @@ def test_from_grid_to_repetitions(two):
     assert "cola lora r1: 1 of 2 runs of its grid are finished" in out and "cola head all: 1 of 2" in out
     assert len(finished(two)) == 2
 
-    kill_when(child := two(), lambda: len(finished(two)) == 3)
-    kill_when(child := two(), lambda: len(finished(two)) >= 5)   # among the repetitions
+    kill_when(two(), lambda: len(finished(two)) == 3)
+    kill_when(two(), lambda: len(finished(two)) >= 5)   # among the repetitions
     before = finished(two)
     finish(two())
     after = finished(two)
