@@ -158,8 +158,9 @@ def run_card(config:RunConfig, result:dict,
             ):                           # a 🤗 ModelCard
     "What a run's model says of itself."
     from huggingface_hub import ModelCard, ModelCardData
-    on_hub = ["nyu-mll/glue"] if config.data == "hub" else None
-    tags = ["peft_study", config.method.name, config.task_name]
+    task = get_task(config.task_name)
+    on_hub = [task.hub[0]] if config.data == "hub" else None
+    tags = ["peft_study", config.method.name, task.name]
     encoder = dict(base_model=hub_id(config.checkpoint), license=encoder_license(config.checkpoint))
     data = ModelCardData(model_name=config.run_id, **encoder, library_name=library, pipeline_tag="text-classification",
                          datasets=on_hub, tags=tags, eval_results=eval_results(config, result))
@@ -192,7 +193,8 @@ def study_card(study:str,
     from huggingface_hub import DatasetCard, DatasetCardData
     cells = cells.assign(checkpoint=cells.checkpoint.map(without_path), data_id=cells.data_id.map(without_path))
     header, rows = score_rows(cells, _mean_and_spread)
-    synthetic = "synthetic" if (cells.data == "demo").all() else "GLUE"
+    tasks = ", ".join(get_task(name).title for name in in_order(cells.task_name))
+    data_name = f"synthetic data in the place of {tasks}" if (cells.data == "demo").all() else tasks
     encoders = ", ".join(hub_id(c) or c for c in dict.fromkeys(cells.checkpoint))
     picture = f"\n![Score against trainable parameters]({figure})\n" if figure else ""
     data = DatasetCardData(pretty_name=f"Study {study}", tags=["peft_study", *dict.fromkeys(cells.method)])
@@ -202,8 +204,8 @@ def study_card(study:str,
 
 # Study {study}
 
-Parameter-efficient fine-tuning of {encoders} on {synthetic} data, by peft_study. Mean score on dev ± standard
-deviation of up to {cells.n.max()} seeds, of the configuration that was chosen out of up to {cells.tried.max():.0f}.
+Parameter-efficient fine-tuning of {encoders} on {data_name}, by peft_study. Mean score on dev ± standard deviation
+of up to {cells.n.max()} seeds, of the configuration that was chosen out of up to {cells.tried.max():.0f}.
 
 {_table(header, rows)}
 {picture}

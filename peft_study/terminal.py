@@ -55,7 +55,8 @@ def _notes(table, cells) -> list[str]:
     if len(runs) and cells.empty: notes.append("no cell has been repeated with the final seeds yet")
     if former: notes.append(f"{former} runs repeat a former choice and are left out: see stage in results.csv")
     if other_code:
-        notes.append(f"{other_code} of {len(runs)} runs are of another version of the code: see other_code in results.csv")
+        of_all = f"{other_code} of {len(runs)} runs"
+        notes.append(f"{of_all} are of another version of the code: see other_code in results.csv")
     if missing: notes.append(f"{missing} runs have no result: see status in results.csv")
     return notes
 
@@ -117,7 +118,8 @@ def _planned(study, outputs) -> list[tuple]: # name, configuration, status, numb
     for cell in second.waiting:
         first, (task, _, _, label, size) = study.cells[cell][0], cell
         n = len(study.final_runs({cell: first}))
-        if n: rows.append((f"{task} {label} {size}: {n} seeds of the configuration that will be chosen", first, "to come", n))
+        name = f"{task} {label} {size}: {n} seeds of the configuration that will be chosen"
+        if n: rows.append((name, first, "to come", n))
     return rows
 
 def _time_left(rows, seconds, results, outputs) -> str:
