@@ -8,7 +8,7 @@ __all__ = ['seed_dropout', 'example_losses', 'own_share', 'local_batch', 'backwa
            'evaluate_epoch', 'made_ahead', 'batches_on_device', 'padded_tokens', 'train_epoch', 'start_state', 'fit',
            'predict_kept', 'peak_memory', 'begin', 'evaluations', 'costs', 'record', 'new_accelerator', 'run',
            'own_environment', 'without_leftovers', 'check_processes', 'launch', 'is_out_of_memory', 'others_memory',
-           'free_memory', 'with_less_memory', 'train']
+           'free_memory', 'with_less_memory', 'train', 'short_run']
 
 # %% ../nbs/08_train.ipynb #a5c75d93
 import math, os, random, re, sys, time
@@ -23,7 +23,7 @@ from .methods.core import count, save_adapter, trainable
 from .model import build_model, check_run
 from .predict import decide, logits_of, write_predictions
 from .runs import (append_json, cut_metrics, die_with, hold, is_done, provenance, read_config, read_metrics,
-                             run_folder, start_run, write_json)
+                             read_result, run_folder, start_run, write_json)
 from .speed import FrozenLayers, speed_up
 
 # %% ../nbs/08_train.ipynb #cc1a6d23
@@ -559,3 +559,14 @@ if __name__ == "__main__":   # a process of `launch`
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)   # the record is complete; at the interpreter's end a thread of torch could abort the process
+
+# %% ../nbs/08_train.ipynb #5145e7d3
+def short_run(method:str, **settings) -> tuple[list[float], float]: # losses, dev accuracy
+    "Fifty steps of a method on synthetic sentences: is a judgement positive?"
+    from tempfile import TemporaryDirectory
+    common = dict(task_name="sst2", data="demo", checkpoint="minilm", train_pooler=True, batch_size=8,
+                  n_epochs=1, max_train_examples=400, max_eval_examples=100)
+    with TemporaryDirectory() as outputs:
+        folder, = train([RunConfig(**common | dict(method=method) | settings)], outputs)
+        losses = [line["loss"] for line in read_metrics(folder) if "loss" in line]
+        return losses, read_result(folder)["score"]

@@ -29,7 +29,9 @@ def adapter_forward(site, inputs, h): # h (batch, length, H)
 def init_near(adapter):
     "W from N(0, 0.01²) cut at ±0.02, b = 0; torch's `a` and `b` are absolute bounds."
     from torch.nn.init import trunc_normal_, zeros_
-    for name, p in adapter.named_parameters(): zeros_(p) if name.endswith("bias") else trunc_normal_(p, std=.01, a=-.02, b=.02)
+    for name, p in adapter.named_parameters():
+        if name.endswith("bias"): zeros_(p)
+        else: trunc_normal_(p, std=.01, a=-.02, b=.02)
 
 def init_framework(adapter):
     "As torch.nn.Linear: weights and biases uniform within ±1/√fan_in."
@@ -62,7 +64,8 @@ class Adapter(Method):
     bottleneck_size: int = Field(64, ge=1, description="m, the width of the bottleneck")
     nonlinearity: Literal["gelu", "relu", "tanh"] = Field("gelu", description="σ")
     init: Literal["near", "framework"] = Field("near", description="near-identity, or torch's default for the ablation")
-    placement: Literal["houlsby", "pfeiffer", "parallel"] = Field("houlsby", description="after both sublayers, after the feed-forward one, or beside it")
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
+        "houlsby", description="after both sublayers, after the feed-forward one, or beside it")
 
     variants = ("placement", "nonlinearity", "init")
     trained = "adapters after both sublayers and all LayerNorms; pfeiffer, parallel: one adapter a layer"
@@ -78,7 +81,8 @@ class Adapter(Method):
 
     def check(self, config):
         if self.bottleneck_size > config.hidden_size:
-            raise BadInput(f"bottleneck_size must be at most the encoder's hidden size {config.hidden_size}, got {self.bottleneck_size}")
+            raise BadInput(f"bottleneck_size must be at most the encoder's hidden size {config.hidden_size}, "
+                           f"got {self.bottleneck_size}")
 
     def inject(self, model, sites:Sites):
         for path in sites["ffn_end"] + (sites["attention_end"] if self.placement == "houlsby" else []):

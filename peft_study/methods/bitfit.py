@@ -23,4 +23,5 @@ class BitFit(Method):
     def n_parameters(self, s:Sizes) -> int: return s.B
 
     def check(self, config):
-        if not get_sizes(config).B: raise BadInput(f"method 'bitfit' does not work with {config.model_type}, which has no biases")
+        if not get_sizes(config).B:
+            raise BadInput(f"method 'bitfit' does not work with {config.model_type}, which has no biases")

@@ -21,10 +21,13 @@ class HfIA3(Reference):
     no_decay = ("ia3_",)
 
     def check(self, config):
-        if get_family(config).fused: raise BadInput(f"method 'hf_ia3' does not work with {config.model_type}, whose query, key and value are one matrix")
+        if get_family(config).fused:
+            raise BadInput(f"method 'hf_ia3' does not work with {config.model_type}, whose query, key and value are "
+                           "one matrix")
 
     def n_parameters(self, s:Sizes) -> int: return s.L * (2 * s.H + s.F)
 
     def official(self, sites:Sites):
         from peft import IA3Config
-        return IA3Config(task_type="SEQ_CLS", target_modules=sites.pattern(("key", "value", "ffn_out")), feedforward_modules=sites.pattern(("ffn_out",)))
+        return IA3Config(task_type="SEQ_CLS", target_modules=sites.pattern(("key", "value", "ffn_out")),
+                         feedforward_modules=sites.pattern(("ffn_out",)))

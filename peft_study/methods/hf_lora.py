@@ -28,11 +28,14 @@ class HfLoRA(Reference):
     def size(self): return f"r{self.rank}"
 
     def check(self, config):
-        if get_family(config).fused: raise BadInput(f"method 'hf_lora' does not work with {config.model_type}, whose query, key and value are one matrix")
+        if get_family(config).fused:
+            raise BadInput(f"method 'hf_lora' does not work with {config.model_type}, whose query, key and value are "
+                           "one matrix")
         LoRA(rank=self.rank).check(config)
 
     def n_parameters(self, s:Sizes) -> int: return 4 * s.L * s.H * self.rank
 
     def official(self, sites:Sites):
         from peft import LoraConfig
-        return LoraConfig(task_type="SEQ_CLS", r=self.rank, lora_alpha=self.rank, target_modules=sites.pattern(("query", "value")))
+        return LoraConfig(task_type="SEQ_CLS", r=self.rank, lora_alpha=self.rank,
+                          target_modules=sites.pattern(("query", "value")))

@@ -8,9 +8,8 @@ __all__ = ['HfPrefix']
 # %% ../../nbs/methods/12_hf_prefix.ipynb #22c253b5
 from pydantic import Field
 from ..encoders import Sites, Sizes, families_where, get_family
-from .core import Reference
-from .prefix import Prefix
 from ..glue import BadInput
+from .core import Reference
 
 # %% ../../nbs/methods/12_hf_prefix.ipynb #6430d99f
 class HfPrefix(Reference):

@@ -26,15 +26,19 @@ class HfPrompt(Reference):
 
     @property
     def size(self): return f"n{self.prompt_length}"
+
     def check(self, config):
         Prompt(prompt_length=self.prompt_length).check(config)
         if get_sizes(config).E != config.hidden_size:
-            raise BadInput(f"method 'hf_prompt' does not work with {config.model_type} where embeddings are narrower than layers: 🤗 peft takes them to be equal")
+            raise BadInput(f"method 'hf_prompt' does not work with {config.model_type} where embeddings are narrower "
+                           "than layers: 🤗 peft takes them to be equal")
+
     def extra_positions(self) -> int: return self.prompt_length
+
     def n_parameters(self, s:Sizes) -> int: return self.prompt_length * s.H
 
     def official(self, sites:Sites):
         from peft import PromptTuningConfig
         c = sites.config
-        return PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=self.prompt_length, token_dim=c.hidden_size, num_layers=sites.depth,
-                                  num_attention_heads=c.num_attention_heads)
+        return PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=self.prompt_length, token_dim=c.hidden_size,
+                                  num_layers=sites.depth, num_attention_heads=c.num_attention_heads)

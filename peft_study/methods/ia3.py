@@ -32,9 +32,14 @@ def add_ia3(linear, of_input:bool, blocks:tuple=()): # blocks: (i, …) of n
     "Give `linear` a scale of its input or output that starts at one."
     import torch
     d_out, d_in = linear.weight.shape
-    linear.ia3_l = torch.nn.Parameter(torch.ones((1, d_in) if of_input else (d_out // blocks[1] * len(blocks[0]) if blocks else d_out, 1)))
+    if blocks:
+        which, of = blocks
+        d_out = d_out // of * len(which)
+    shape = (1, d_in) if of_input else (d_out, 1)
+    linear.ia3_l = torch.nn.Parameter(torch.ones(shape))
     linear.ia3_blocks, linear.ia3_unmerged = blocks, None
-    linear.register_forward_pre_hook(scale_input) if of_input else linear.register_forward_hook(scale_output)
+    if of_input: linear.register_forward_pre_hook(scale_input)
+    else: linear.register_forward_hook(scale_output)
 
 # %% ../../nbs/methods/07_ia3.ipynb #5b470d80
 def merge_ia3(linear):
@@ -66,8 +71,10 @@ class IA3(Method):
     def n_parameters(self, s:Sizes) -> int: return s.L * (2 * s.H + s.F)
 
     def scales(self, sites:Sites) -> dict: # module path → whether its input is scaled, and which blocks of its output
-        blocks = tuple(sites.fused.index(r) for r in ("key", "value")) if sites.fused else (), len(sites.fused)
-        own = {role: (role == "ffn_out", blocks if role in sites.fused else ()) for role in ("key", "value", "ffn_out")}
+        def blocks(role):
+            if role not in sites.fused: return ()
+            return tuple(sites.fused.index(r) for r in ("key", "value")), len(sites.fused)
+        own = {role: (role == "ffn_out", blocks(role)) for role in ("key", "value", "ffn_out")}
         return {path: own[role] for role in own for path in sites[role]}
 
     def inject(self, model, sites:Sites):
@@ -88,8 +95,10 @@ def unmerge(self:IA3, model): _each(self, model, unmerge_ia3)
 def peft_config(self:IA3, sites:Sites) -> dict:
     "As peft.IA3Config; peft has no scales of single blocks."
     if sites.fused: return None
-    return dict(peft_type="IA3", target_modules=sites.pattern(("key", "value", "ffn_out")), feedforward_modules=sites.pattern(("ffn_out",)), init_ia3_weights=True)
+    return dict(peft_type="IA3", target_modules=sites.pattern(("key", "value", "ffn_out")),
+                feedforward_modules=sites.pattern(("ffn_out",)), init_ia3_weights=True)
 
 # %% ../../nbs/methods/07_ia3.ipynb #3213bb55
 @patch
-def no_peft(self:IA3) -> str: return "key and value are blocks of one matrix in this encoder, and 🤗 peft has no scales of single blocks"
+def no_peft(self:IA3) -> str:
+    return "key and value are blocks of one matrix in this encoder, and 🤗 peft has no scales of single blocks"

@@ -16,7 +16,9 @@ from .core import Method
 def lora_forward(linear, inputs, Wx): # inputs[0] (batch, length, d_in), Wx (batch, length, d_out)
     "W x + (α/r) B A x"
     x = _dropped(linear, inputs[0])
-    if linear.lora_blocks: return Wx + _in_blocks(linear, x[..., None, :, :] @ linear.lora_A.mT @ linear.lora_B.mT, Wx)
+    if linear.lora_blocks:
+        updates = x[..., None, :, :] @ linear.lora_A.mT @ linear.lora_B.mT
+        return Wx + _in_blocks(linear, updates, Wx)
     return Wx + linear.lora_scale * (x @ linear.lora_A.mT) @ linear.lora_B.mT   # scaled where it is r wide
 
 def _dropped(linear, x):
@@ -29,8 +31,8 @@ def add_lora(linear,           # nn.Linear, changed in place
              rank:int,         # r
              scale:float,      # of the update: α/r
              dropout:float=0., # of the update's input
-              dora:bool=False,  # learn the weight's magnitude apart from its direction
-            blocks:tuple=()   # (i, …) of n: blocks of rows with an update each, where several roles share one matrix
+             dora:bool=False,  # learn the weight's magnitude apart from its direction
+             blocks:tuple=()   # (i, …) of n: blocks of rows with an update each, where several roles share one matrix
             ):
     "Give `linear` a low-rank update that starts at zero."
     import torch
@@ -55,8 +57,10 @@ def _in_blocks(linear, updates, like): # updates (…, blocks, length, d_out / n
 # %% ../../nbs/methods/03_lora.ipynb #f22c5b2b
 def _direction(linear):
     "W + (α/r) B A and the lengths of its rows, in fp32."
-    BA, W = linear.lora_B.detach().float() @ linear.lora_A.detach().float(), linear.weight.detach().float()
-    V = W + (_in_blocks(linear, BA.mT, W.T).T if linear.lora_blocks else linear.lora_scale * BA)
+    W = linear.weight.detach().float()
+    BA = linear.lora_B.detach().float() @ linear.lora_A.detach().float()
+    if linear.lora_blocks: V = W + _in_blocks(linear, BA.mT, W.T).T
+    else: V = W + linear.lora_scale * BA
     return V, V.norm(dim=1)
 
 def dora_forward(linear, inputs, h): # h = W x + b
@@ -71,7 +75,8 @@ def merge_lora(linear):
     "W ← W + (α/r) B A, or with DoRA its rescaled rows, keeping the old W."
     if linear.lora_unmerged is not None: return
     V, norm = _direction(linear)
-    if (m := getattr(linear, "lora_magnitude_vector", None)) is not None: V = (m.detach().float() / norm)[:, None] * V
+    m = getattr(linear, "lora_magnitude_vector", None)
+    if m is not None: V = (m.detach().float() / norm)[:, None] * V
     linear.lora_unmerged = linear.weight.detach().clone()
     linear.weight.data = V.to(linear.weight.dtype)
     linear.lora_hook.remove()   # what is merged costs nothing
@@ -80,7 +85,8 @@ def unmerge_lora(linear):
     "W as it was before `merge_lora`, bit for bit."
     if linear.lora_unmerged is None: return
     linear.weight.data, linear.lora_unmerged = linear.lora_unmerged, None
-    linear.lora_hook = linear.register_forward_hook(dora_forward if hasattr(linear, "lora_magnitude_vector") else lora_forward)
+    forward = dora_forward if hasattr(linear, "lora_magnitude_vector") else lora_forward
+    linear.lora_hook = linear.register_forward_hook(forward)
 
 # %% ../../nbs/methods/03_lora.ipynb #342d67dc
 class LoRA(Method):
@@ -126,12 +132,16 @@ class LoRA(Method):
 # %% ../../nbs/methods/03_lora.ipynb #c6902190
 def _shape(role:str, s:Sizes) -> tuple[int, int]:
     "(d_out, d_in) of the linear layer in a role."
-    return {"ffn_in": (s.I, s.H), "ffn_out": (s.H, s.F)}.get(role, (s.H, s.H))
+    if role == "ffn_in": return s.I, s.H
+    if role == "ffn_out": return s.H, s.F
+    return s.H, s.H
 
 @patch
 def check(self:LoRA, config):
-    if self.dora and set(self.targets) & set(get_family(config).fused): raise BadInput(f"dora is not implemented for {config.model_type}, whose query, key and value are one matrix")
-    if self.rank > config.hidden_size: raise BadInput(f"rank must be at most the layer's width {config.hidden_size}, got {self.rank}")
+    if self.dora and set(self.targets) & set(get_family(config).fused):
+        raise BadInput(f"dora is not implemented for {config.model_type}, whose query, key and value are one matrix")
+    if self.rank > config.hidden_size:
+        raise BadInput(f"rank must be at most the layer's width {config.hidden_size}, got {self.rank}")
 
 @patch
 def updates(self:LoRA, sites:Sites) -> dict: # module path → rank, scale and blocks of its update
@@ -148,7 +158,11 @@ def inject(self:LoRA, model, sites:Sites):
 
 @patch
 def n_parameters(self:LoRA, s:Sizes) -> int:
-    return s.L * sum(self.rank * sum(_shape(role, s)) + self.dora * _shape(role, s)[0] for role in self.targets)
+    def of_target(role):
+        d_out, d_in = _shape(role, s)
+        magnitudes = d_out if self.dora else 0
+        return self.rank * (d_out + d_in) + magnitudes
+    return s.L * sum(of_target(role) for role in self.targets)
 
 # %% ../../nbs/methods/03_lora.ipynb #8f0dfe8c
 def _each(self:LoRA, model, f):
@@ -164,12 +178,13 @@ def unmerge(self:LoRA, model): _each(self, model, unmerge_lora)
 def peft_config(self:LoRA, sites:Sites) -> dict:
     "As peft.LoraConfig; peft has no updates of single blocks."
     if set(self.targets) & set(sites.fused): return None
-    return dict(peft_type="LORA", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.lora_dropout, bias="none", use_rslora=self.rslora,
-                use_dora=self.dora, target_modules=sites.pattern(self.targets))
+    return dict(peft_type="LORA", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.lora_dropout, bias="none",
+                use_rslora=self.rslora, use_dora=self.dora, target_modules=sites.pattern(self.targets))
 
 # %% ../../nbs/methods/03_lora.ipynb #fd3d2d51
 @patch
-def no_peft(self:LoRA) -> str: return "query, key and value are one matrix in this encoder, and 🤗 peft has no updates of single blocks"
+def no_peft(self:LoRA) -> str:
+    return "query, key and value are one matrix in this encoder, and 🤗 peft has no updates of single blocks"
 
 @patch
 def peft_name(self:LoRA, name:str) -> str:

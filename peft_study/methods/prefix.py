@@ -16,17 +16,22 @@ from .core import Method, trainable
 ATTENTION = "peft_study_prefix"
 
 # %% ../../nbs/methods/09_prefix.ipynb #11acef6a
-def prefix_attention(module, query, key, value, attention_mask, **kwargs): # (batch, heads, length, d); mask (batch, 1, length, length) or None
+def prefix_attention(module, query, key, value, # (batch, heads, length, d)
+                     attention_mask,            # (batch, 1, length, length) or None
+                     **kwargs):
     "Attention over [P_K; K] and [P_V; V]; every token sees the prefix."
     import torch
+    from torch.nn.functional import pad
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     batch, heads, _, d = key.shape
     def before(P, x): # P (n, H)
-        return torch.cat([P.view(-1, heads, d).transpose(0, 1).expand(batch, -1, -1, -1).to(x.dtype), x], 2)
-    n = len(module.prefix[0])
+        P = P.view(-1, heads, d).transpose(0, 1).expand(batch, -1, -1, -1)
+        return torch.cat([P.to(x.dtype), x], 2)
+    P_K, P_V = module.prefix
     if attention_mask is not None:
-        attention_mask = torch.nn.functional.pad(attention_mask, (n, 0), value=attention_mask.dtype == torch.bool)   # True, or 0 to add
-    return sdpa_attention_forward(module, query, before(module.prefix[0], key), before(module.prefix[1], value), attention_mask, **kwargs)
+        allowed = attention_mask.dtype == torch.bool   # True, or 0 to add
+        attention_mask = pad(attention_mask, (len(P_K), 0), value=allowed)
+    return sdpa_attention_forward(module, query, before(P_K, key), before(P_V, value), attention_mask, **kwargs)
 
 def register():
     "Make the attention known to 🤗 transformers; again does no harm."
@@ -38,17 +43,18 @@ def register():
 # %% ../../nbs/methods/09_prefix.ipynb #75168ce9
 def hand_out(model, args, inputs:dict):
     "Give every layer's attention its part of the prefix, and count positions from n."
-    import torch
     P = prefix_of(model)                                             # (n, 2 L H)
     parts = P.view(len(P), -1, model.config.hidden_size).unbind(1)   # key, value, key, value, …
     for i, path in enumerate(model.prefix_paths): model.get_submodule(path).prefix = parts[2 * i], parts[2 * i + 1]
-    ids = inputs["input_ids"]
     if model.prefix_positions is None: return args, inputs           # DistilBERT takes no positions
-    if model.prefix_positions == "all": positions = torch.arange(len(P), len(P) + ids.shape[1], device=ids.device).expand_as(ids)
-    else:                                                            # RoBERTa counts real tokens only, from behind its padding index
-        real = ids != model.config.pad_token_id
-        positions = (real.cumsum(1) + len(P)) * real + model.config.pad_token_id
-    return args, inputs | dict(position_ids=positions)
+    return args, inputs | dict(position_ids=_positions_behind(len(P), model, inputs["input_ids"]))
+
+def _positions_behind(n:int, model, ids): # (batch, length)
+    "All positions from n on; RoBERTa counts real tokens only, from behind its padding index."
+    import torch
+    if model.prefix_positions == "all": return torch.arange(n, n + ids.shape[1], device=ids.device).expand_as(ids)
+    real = ids != model.config.pad_token_id
+    return (real.cumsum(1) + n) * real + model.config.pad_token_id
 
 def take_back(model, args, output):
     for path in model.prefix_paths: del model.get_submodule(path).prefix
@@ -77,7 +83,8 @@ def _positions(config) -> str|None:
 class Prefix(Method):
     "Learned keys and values in every layer; the head learns as well."
     prefix_length: int = Field(10, ge=1, description="n, the number of virtual tokens in each layer")
-    reparam: int|None = Field(None, ge=1, description="width of a network that makes the prefix while training (default: none)")
+    reparam: int|None = Field(
+        None, ge=1, description="width of a network that makes the prefix while training (default: none)")
 
     start = "other"
     variants = ("reparam",)
@@ -100,14 +107,16 @@ class Prefix(Method):
 
     def n_parameters(self, s:Sizes) -> int:
         n, p = self.prefix_length, self.reparam
-        return n * s.H + p * (s.H + 1) + 2 * s.L * s.H * (p + 1) if p else 2 * s.L * n * s.H
+        if not p: return 2 * s.L * n * s.H
+        return n * s.H + p * (s.H + 1) + 2 * s.L * s.H * (p + 1)
 
 # %% ../../nbs/methods/09_prefix.ipynb #91c8fd96
 @patch
 def inject(self:Prefix, model, sites:Sites):
     import torch
     from torch import nn
-    n, H, width = self.prefix_length, model.config.hidden_size, 2 * sites.depth * model.config.hidden_size
+    n, H = self.prefix_length, model.config.hidden_size
+    width = 2 * sites.depth * H
     if self.reparam:
         model.prefix_table = nn.Parameter(torch.empty(n, H).normal_())
         model.prefix_mlp = nn.Sequential(nn.Linear(H, self.reparam), nn.Tanh(), nn.Linear(self.reparam, width))
@@ -134,8 +143,10 @@ def ready_to_load(self:Prefix, model): fold(model)
 def peft_config(self:Prefix, sites:Sites) -> dict:
     "As peft.PrefixTuningConfig."
     c = sites.config
-    return dict(peft_type="PREFIX_TUNING", num_virtual_tokens=self.prefix_length, token_dim=c.hidden_size, num_transformer_submodules=1,
-                num_attention_heads=c.num_attention_heads, num_layers=c.num_hidden_layers, prefix_projection=False)
+    return dict(peft_type="PREFIX_TUNING", num_virtual_tokens=self.prefix_length, token_dim=c.hidden_size,
+                num_transformer_submodules=1, num_attention_heads=c.num_attention_heads,
+                num_layers=c.num_hidden_layers, prefix_projection=False)
 
 @patch
-def peft_name(self:Prefix, name:str) -> str: return name if name == "prompt_embeddings" else "base_model." + name
+def peft_name(self:Prefix, name:str) -> str:
+    return name if name == "prompt_embeddings" else "base_model." + name

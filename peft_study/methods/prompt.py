@@ -24,7 +24,8 @@ def prepend_prompt(model, args, inputs:dict): # inputs: what the model was calle
     mask = inputs.get("attention_mask")
     if mask is None: mask = torch.ones(batch, length, dtype=torch.long, device=words.device)
     inputs["attention_mask"] = torch.cat([mask.new_ones(batch, len(P)), mask], 1)
-    if (types := inputs.get("token_type_ids")) is not None: inputs["token_type_ids"] = torch.cat([types.new_zeros(batch, len(P)), types], 1)
+    types = inputs.get("token_type_ids")
+    if types is not None: inputs["token_type_ids"] = torch.cat([types.new_zeros(batch, len(P)), types], 1)
     return args, inputs
 
 # %% ../../nbs/methods/08_prompt.ipynb #5ef34772
@@ -37,7 +38,8 @@ def drop_prompt(encoder, inputs, output): # output.last_hidden_state (batch, n +
 class Prompt(Method):
     "Learned input embeddings before [CLS]; the head learns as well."
     prompt_length: int = Field(20, ge=1, description="n, the number of virtual tokens")
-    read: Literal["cls", "first"] = Field("cls", description="classify from [CLS], or from the first position as 🤗 peft does")
+    read: Literal["cls", "first"] = Field(
+        "cls", description="classify from [CLS], or from the first position as 🤗 peft does")
 
     start = "other"
     variants = ("read",)
@@ -55,7 +57,8 @@ class Prompt(Method):
     def inject(self, model, sites:Sites):
         import torch
         words = model.get_input_embeddings().weight
-        model.prompt_embeddings = torch.nn.Parameter(words[torch.randint(len(words), (self.prompt_length,))].detach().clone())
+        drawn = torch.randint(len(words), (self.prompt_length,))
+        model.prompt_embeddings = torch.nn.Parameter(words[drawn].detach().clone())
         model.register_forward_pre_hook(prepend_prompt, with_kwargs=True)
         if self.read == "cls":
             encoder = model.get_submodule(get_family(model.config).encoder)
@@ -67,9 +70,11 @@ class Prompt(Method):
 @patch
 def check(self:Prompt, config):
     if self.read == "cls" and getattr(config, "classifier_pooling", "cls") != "cls":
-        raise BadInput(f"read 'cls' does not work with this {config.model_type}, which classifies from the mean of all positions: use read 'first'")
+        raise BadInput(f"read 'cls' does not work with this {config.model_type}, which classifies from the mean of all "
+                       "positions: use read 'first'")
     room = getattr(config, "max_position_embeddings", None)
-    if room and self.prompt_length >= room: raise BadInput(f"prompt_length must be less than the encoder's {room} positions, got {self.prompt_length}")
+    if room and self.prompt_length >= room:
+        raise BadInput(f"prompt_length must be less than the encoder's {room} positions, got {self.prompt_length}")
 
 @patch
 def extra_positions(self:Prompt) -> int: return self.prompt_length
@@ -78,13 +83,17 @@ def extra_positions(self:Prompt) -> int: return self.prompt_length
 @patch
 def peft_config(self:Prompt, sites:Sites) -> dict|None:
     "As peft.PromptTuningConfig, which reads from the first position and takes embeddings to be as wide as layers."
-    if self.read == "cls" or get_sizes(sites.config).E != sites.config.hidden_size: return None
-    return dict(peft_type="PROMPT_TUNING", num_virtual_tokens=self.prompt_length, token_dim=sites.config.hidden_size, num_transformer_submodules=1,
-                num_attention_heads=sites.config.num_attention_heads, num_layers=sites.config.num_hidden_layers)
+    c = sites.config
+    if self.read == "cls" or get_sizes(c).E != c.hidden_size: return None
+    return dict(peft_type="PROMPT_TUNING", num_virtual_tokens=self.prompt_length, token_dim=c.hidden_size,
+                num_transformer_submodules=1, num_attention_heads=c.num_attention_heads,
+                num_layers=c.num_hidden_layers)
 
 # %% ../../nbs/methods/08_prompt.ipynb #de570b05
 @patch
-def no_peft(self:Prompt) -> str: return "🤗 peft classifies from the first position, and this prompt was trained to be read from [CLS] (read = cls)"
+def no_peft(self:Prompt) -> str:
+    return "🤗 peft classifies from the first position, and this prompt was trained to be read from [CLS] (read = cls)"
 
 @patch
-def peft_name(self:Prompt, name:str) -> str: return name if name == "prompt_embeddings" else "base_model." + name
+def peft_name(self:Prompt, name:str) -> str:
+    return name if name == "prompt_embeddings" else "base_model." + name
