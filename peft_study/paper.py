@@ -304,8 +304,8 @@ def data_text(paper:Paper) -> str:
     start = "@tbl-data lists the tasks."
     if paper.synthetic: start = _synthetic_text(paper)
     elif glue:
-        start += (" Those of GLUE [@wang2019glue] have test labels that only its server knows, so that all scores of this "
-                  "study are on the dev sets.")
+        start += (" Those of GLUE [@wang2019glue] have test labels that only its server knows, so that all scores of "
+                  "this study are on the dev sets.")
     if own: start += f" Not of GLUE, but defined for this study: {listed(own)}."
     chance = ("The last column is the chance level: the dev score of a constant prediction, which is the most "
               "frequent label, or the mean where the task is a regression. A correlation of a constant prediction "

@@ -20,7 +20,8 @@ def check_finite(logits): # (examples, outputs)
     "`FloatingPointError` where an output is no number, of which argmax would make a class."
     import numpy as np
     if odd := (~np.isfinite(logits).all(-1)).sum():
-        raise FloatingPointError(f"the model's outputs are not finite for {odd} of {len(logits)} examples: try a lower lr")
+        raise FloatingPointError(
+            f"the model's outputs are not finite for {odd} of {len(logits)} examples: try a lower lr")
 
 # %% ../nbs/07_predict.ipynb #4ab92ff9
 def logits_of(model, rows,        # from `tokenise`

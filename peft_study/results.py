@@ -144,7 +144,7 @@ PLACE = ["task_name", "encoder", "data_id"]   # where methods meet
 CELL = [*PLACE, "label", "size"]
 
 def as_table(rows:list[dict], final_seeds=()):
-    "A table of runs, ordered by task, method, parameters and seed; `rows` are flat, with their configuration as `config`."
+    "Runs ordered by task, method, parameters and seed; `rows` are flat, with their configuration as `config`."
     _share_fingerprints(rows)
     # complete rows first: they name the columns
     rows = sorted(map(_identify, rows), key=lambda r: r["status"] != "done")
@@ -325,7 +325,7 @@ def floors(table, examples:DevExamples):
     return shown[PLACE].assign(constant=constants).merge(probes, on=PLACE, how="left").astype(dict(probe=float))
 
 def learned(table, examples:DevExamples):
-    "A row a place and method: its `difference` to the higher `floor`, interval `low` to `high`, and whether it `learned`."
+    "A row a place and method: `difference` to the higher `floor`, interval `low` to `high`, and whether it `learned`."
     best, rows = best_sizes(table), []
     places = {place: cells for place, cells in best.groupby(PLACE, sort=False)}
     for *place, constant, probe in floors(table, examples).itertuples(index=False):

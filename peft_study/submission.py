@@ -6,13 +6,13 @@
 __all__ = ['choose', 'answers', 'majority', 'submit', 'score_submission']
 
 # %% ../nbs/10b_submission.ipynb #bebab878
-import json, math, re, shutil
+import math, re, shutil
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 import pandas as pd
 from .data import has_split, read_split
 from .files import read_text
-from .glue import METRICS, SUBMISSION_ROWS, TASKS, BadInput, get_task, score, splits, to_word
+from .glue import METRICS, SUBMISSION_ROWS, TASKS, BadInput, score, splits, to_word
 from .predict import decide, predict_split
 from .results import best_runs, load_runs
 from .runs import read_config, write_atomic, write_json
