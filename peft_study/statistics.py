@@ -11,7 +11,6 @@ __all__ = ['RESAMPLES', 'summary', 'dev_interval', 'resampled_score', 'constant_
 import math
 from functools import cache
 import numpy as np
-import pandas as pd
 from .glue import BadInput, METRICS, TASKS
 
 # %% ../nbs/09c_statistics.ipynb #26ec581d
