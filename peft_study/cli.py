@@ -240,12 +240,14 @@ def run_and_summarise(study, outputs, engine):
         raise Failed(f"{of_all} failed; their errors are in error.txt of their folders: {names}")
 
 # %% ../nbs/12_cli.ipynb #c1000023
-def _engine(name:str, outputs, jobs:int, minutes:float):
+def _engine(name:str, outputs, jobs:int, minutes:float, stack:str="auto"):
     "A function that makes the engine, when all else is known to be right."
+    from peft_study.sweep import Local, stack_size
     if name == "local":
-        from peft_study.sweep import Local
-        return lambda: Local(outputs, jobs, minutes)
+        size = stack_size(stack)
+        return lambda: Local(outputs, jobs, minutes, size)
     if name != "ray": raise BadInput(f"engine must be local or ray, got {name!r}")
+    if stack not in ("auto", "1"): raise BadInput(f"stack must be auto or 1 with --engine ray, got {stack!r}")
     from peft_study.cluster import Ray
     engine = Ray(outputs, jobs, minutes)   # an address that cannot be reached is known now
     return lambda: engine
@@ -259,6 +261,8 @@ def study_(ctx:typer.Context, settings, name:Annotated[str, typer.Argument(help=
            methods:Annotated[Optional[str], typer.Option(help="only these, with commas")]=None,
            jobs:Annotated[int, typer.Option(min=1, help="runs at a time on each device")]=1,
            engine:Annotated[str, typer.Option(help="local, or ray: a cluster at RAY_ADDRESS")]="local",
+           stack:Annotated[str, typer.Option(
+               help="runs trained as one, at most: auto (8 on a GPU, else 1), or a number")]="auto",
            final_seeds:Annotated[Optional[str], typer.Option(
                help="seeds that repeat what the grid has chosen; none for a grid alone")]=None,
            shard:Annotated[Optional[str], typer.Option(help="i/n: the i-th of n parts, for job arrays")]=None,
@@ -277,7 +281,7 @@ def study_(ctx:typer.Context, settings, name:Annotated[str, typer.Argument(help=
     for config in study.configs: get_task(config.task_name)
     if shard: study = study.shard(shard)
     if dry_run: list_study(study, outputs, Console(width=None if sys.stdout.isatty() else 200))
-    else: run_and_summarise(study, outputs, _engine(engine, outputs, jobs, checkpoint_minutes))
+    else: run_and_summarise(study, outputs, _engine(engine, outputs, jobs, checkpoint_minutes, stack))
 
 app.command("study", context_settings=_open)(config_flags(study_, without=["method"]));
 

@@ -56,24 +56,26 @@ class Ray:
         self.task = self.ray.remote(_remote).options(max_retries=5, **_needs(self.ray, jobs))
         self.args, self.running = (str(Path(outputs).resolve()), minutes), {}
 
-    has_room = True   # Ray has a queue of its own
+    has_room, stack = True, 1   # Ray has a queue of its own, of single runs
 
-    def start(self, config:RunConfig, folder:Path):
-        self.running[config] = folder, self.task.remote(os.getcwd(), sys.path, str(folder.resolve()), *self.args)
+    def start(self, configs:list[RunConfig], folders:list[Path]):
+        [config], [folder] = configs, folders
+        ref = self.task.remote(os.getcwd(), sys.path, str(folder.resolve()), *self.args)
+        self.running[config] = ref, folder
 
     def ended(self) -> list[tuple[RunConfig, int]]: # with their exit codes
-        configs = {ref: config for config, (_, ref) in self.running.items()}
+        configs = {ref: config for config, (ref, _) in self.running.items()}
         if not configs: return []
         ready, _ = self.ray.wait(list(configs), num_returns=len(configs), timeout=0)
         return [(configs[ref], self._exit_code(configs[ref])) for ref in ready]
 
     def _exit_code(self, config:RunConfig) -> int:
-        folder, ref = self.running.pop(config)
+        ref, folder = self.running.pop(config)
         try: return self.ray.get(ref)
         except self.ray.exceptions.RayError as e:
             write_error(folder, f"Ray: {str(e).strip().splitlines()[-1]}")
             return 1
 
     def stop(self):
-        for _, ref in self.running.values(): self.ray.cancel(ref, force=True)
+        for ref, _ in self.running.values(): self.ray.cancel(ref, force=True)
         self.ray.shutdown()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RunFailed', 'template', 'run_notebook', 'listed_gpus', 'gpu_trouble', 'devices', 'work', 'finished', 'device_of',
-           'on_one_device', 'estimate', 'execute', 'Local', 'record_study', 'diverged', 'choose', 'SecondStage',
-           'Tally', 'run_study']
+           'on_one_device', 'estimate', 'execute', 'execute_stack', 'stack_size', 'Local', 'record_study', 'diverged',
+           'choose', 'SecondStage', 'Tally', 'run_study']
 
 # %% ../nbs/09_sweep.ipynb #8d4bb4ff
 import os, re, sys, time
@@ -18,8 +18,9 @@ from .files import read_text, root, shortened
 from .glue import BadInput, get_task
 from .kernels import ForkedKernel, _redirect, begin, execute_notebook, warm_up
 from .records import adopt
-from .runs import (Held, cores, device_name, die_with, hold, holder, is_done, make_folder, nvidia_smi, read_config, read_metrics, read_record,
-                             read_result, run_folder, start_run, write_error, write_json)
+from .runs import (Held, cores, device_name, die_with, hold, holder, is_done, make_folder, nvidia_smi,
+                             read_config, read_metrics, read_record, read_result, run_folder, start_run, write_error,
+                             write_json)
 
 # %% ../nbs/09_sweep.ipynb #eacceb90
 class RunFailed(Exception):
@@ -57,7 +58,8 @@ def _try(config, folder, *args, attempts=2):
     except PapermillExecutionError as e:
         if e.ename == "Held": raise Held(e.evalue) from None
         error = failed(f"{e.ename}: {e.evalue}", "\n".join(e.traceback))
-        raise (BadInput(e.evalue) if e.ename == "BadInput" else error) from None
+        if e.ename == "BadInput": raise BadInput(e.evalue) from None
+        raise error from None
     except (DeadKernelError, RuntimeError) as e:
         if not isinstance(e, DeadKernelError) and "Kernel died" not in str(e): raise
         if attempts > 1 and not is_done(folder): return _try(config, folder, *args, attempts=attempts - 1)
@@ -67,12 +69,13 @@ def _try(config, folder, *args, attempts=2):
 # %% ../nbs/09_sweep.ipynb #f2774d75
 def run_notebook(config:RunConfig, outputs="outputs",
                  processes:int=1,
-                 minutes:float=10,   # between checkpoints
-                 show=None, # called with a line of progress, twice a second
-                 wait:float=10 # seconds for another process that is at it
-                ) -> Path: # the run's folder, complete
-    "Execute the template for `config`; a finished run is left as it is. `RunFailed` if it ends with an error, `Held` if another process is at it."
-    if is_done(folder := run_folder(config, outputs)): return folder
+                 minutes:float=10, # between checkpoints
+                 show=None,        # called with a line of progress, twice a second
+                 wait:float=10     # seconds for another process that is at it
+                ) -> Path:         # the run's folder, complete
+    "Execute the template for `config`, unless it is finished. `RunFailed` for an error, `Held` if another is at it."
+    folder = run_folder(config, outputs)
+    if is_done(folder): return folder
     warm_up()
     start_run(config, outputs)
     with hold(folder, "notebook", wait):
@@ -100,15 +103,18 @@ def gpu_trouble() -> str|None:
     if not listed_gpus() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"): return None
     import torch
     if not torch.version.cuda:
-        return f"this machine has GPUs, but torch {torch.__version__} is built without CUDA: see https://pytorch.org/get-started/locally"
+        return (f"this machine has GPUs, but torch {torch.__version__} is built without CUDA: "
+                "see https://pytorch.org/get-started/locally")
     try: torch.cuda.init()
-    except RuntimeError as e: return f"this machine has GPUs, which torch cannot use: {str(e).strip().splitlines()[0]}"
+    except RuntimeError as e:
+        return f"this machine has GPUs, which torch cannot use: {str(e).strip().splitlines()[0]}"
 
 def devices() -> list[str]:
     "The GPUs to use, as `CUDA_VISIBLE_DEVICES` names them; where torch can use none, one that is called `cpu`."
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    named = listed_gpus() if visible is None else [d.strip() for d in visible.split(",") if d.strip() not in ("", "-1")]
-    return named if named and not gpu_trouble() else ["cpu"]
+    if visible is None: gpus = listed_gpus()
+    else: gpus = [d.strip() for d in visible.split(",") if d.strip() not in ("", "-1")]
+    return gpus if gpus and not gpu_trouble() else ["cpu"]
 
 # %% ../nbs/09_sweep.ipynb #5d32ea64
 def work(config:RunConfig) -> int:
@@ -134,72 +140,107 @@ def on_one_device(results:list[dict]) -> list[dict]:
 
 def estimate(config:RunConfig, results:list[dict]) -> float|None:
     "Seconds of training, or None where no run with this encoder is finished; the results should be of one device."
-    def rates(*keys): return [r["cost"]["examples_per_second"] for r in results
-                              if "cost" in r and all(r["config"][k] == config.flat()[k] for k in ("checkpoint", "max_length", *keys))]
-    for keys in (("method", "task_name", "precision"), ("method", "task_name"), ("method",), ()):
-        if found := rates(*keys): return work(config) / sorted(found)[len(found) // 2]
+    wanted = config.flat()
+    def rates(*alike): # of the results with the same encoder and length, and the same in `alike`
+        keys = ("checkpoint", "max_length", *alike)
+        similar = [r for r in results if "cost" in r and all(r["config"][k] == wanted[k] for k in keys)]
+        return sorted(r["cost"]["examples_per_second"] for r in similar)
+    for alike in (("method", "task_name", "precision"), ("method", "task_name"), ("method",), ()):
+        if found := rates(*alike): return work(config) / found[len(found) // 2]
+    return None
 
 # %% ../nbs/09_sweep.ipynb #49d1d109
 def execute(folder, outputs, minutes:float) -> int:
     "Run what `folder` is for: 0 done, 1 failed, 3 another process is at it or has done it."
     if is_done(folder): return 3
     try: run_notebook(read_config(folder), outputs, minutes=minutes, wait=0)
-    except Held as e: print(e); return 3
-    except (BadInput, RunFailed) as e: print(e); return 1
+    except (BadInput, RunFailed) as e:   # among them `Held`
+        print(e)
+        return 3 if isinstance(e, Held) else 1
     return 0
 
-def _unit(parent, env, folder, *args):
+def execute_stack(folders, outputs, minutes:float) -> int:
+    "Train the runs of `folders` together; exit codes as of `execute`."
+    import traceback
+    from peft_study.stack import train_stack
+    try: train_stack([read_config(f) for f in folders], outputs, minutes)
+    except Held as e:
+        print(e)
+        return 3
+    except Exception as e:
+        traceback.print_exc()
+        for folder in folders:
+            if not is_done(folder): write_error(folder, f"{type(e).__name__}: {e}\n\n{traceback.format_exc()}")
+    return 0 if all(map(is_done, folders)) else 1
+
+def _unit(parent, env, folders, *args):
     os.setsid()   # the terminal's Ctrl-C is for the sweep, which then ends this
     die_with(parent)
-    os.environ.clear(); os.environ.update(env)
-    _redirect(Path(folder)/"log.txt")
-    sys.exit(execute(folder, *args))
+    os.environ.clear()
+    os.environ.update(env)
+    _redirect(Path(folders[0])/"log.txt")
+    sys.exit(execute(folders[0], *args) if len(folders) == 1 else execute_stack(folders, *args))
 
 # %% ../nbs/09_sweep.ipynb #23047350
+def stack_size(asked:str="auto" # or a number
+              ) -> int:
+    "How many runs are trained together, at most."
+    if asked == "auto": return 1 if devices() == ["cpu"] else 8   # a processor gains nothing, see stack
+    if not asked.isdigit() or int(asked) < 1:
+        raise BadInput(f"stack must be auto, or a number from 1 on, got {asked!r}")
+    return int(asked)
+
 class Local:
-    "Runs on this machine's devices, `jobs` at a time on each."
-    def __init__(self, outputs="outputs", jobs:int=1, minutes:float=10):
-        self.args, self.free, self.running = (str(outputs), minutes), devices() * jobs, {}
-        threads = max(1, cores() // len(self.free))
-        self.env = dict(OMP_NUM_THREADS=str(threads)) | os.environ if len(self.free) > 1 else dict(os.environ)
+    "Runs on this machine's devices, `jobs` processes at a time on each, with up to `stack` runs in a process."
+    def __init__(self, outputs="outputs", jobs:int=1, minutes:float=10, stack:int=1):
+        self.args, self.stack = (str(outputs), minutes), stack
+        self.free, self.running = devices() * jobs, {}
+        self.env = dict(os.environ)
+        if len(self.free) > 1: self.env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // len(self.free))))
         warm_up()
 
     @property
     def has_room(self): return bool(self.free)
 
-    def start(self, config:RunConfig, folder:Path):
+    def start(self, configs:list[RunConfig], folders:list[Path]):
         device = self.free.pop(0)
         env = self.env | (dict(CUDA_VISIBLE_DEVICES=device) if device != "cpu" else {})
-        process = begin(_unit, os.getpid(), env, str(folder), *self.args)
-        self.running[config] = process, device
+        process = begin(_unit, os.getpid(), env, list(map(str, folders)), *self.args)
+        for config in configs: self.running[config] = process, device
 
     def ended(self) -> list[tuple[RunConfig, int]]: # with their exit codes
         over = [(c, p.exitcode) for c, (p, _) in self.running.items() if p.exitcode is not None]
-        for config, _ in over: self.free.append(self.running.pop(config)[1])
+        self.free += dict(self.running.pop(config) for config, _ in over).values()   # once a process
         return over
 
     def stop(self):
         for process, _ in self.running.values(): process.kill()
 
 # %% ../nbs/09_sweep.ipynb #2953397f
+def _check_precision(study:Study, begun:str|None): # what `auto` was when the study began
+    "`BadInput` where runs of two precisions would mix, or this machine lacks the study's."
+    precisions = {c.precision for c in study.configs}
+    if (begun and begun not in precisions) or study.auto not in (None, begun or study.auto):
+        raise BadInput(f"study {study.name!r} was begun with precision auto, which was {begun} there: runs in "
+                       f"{' and '.join(sorted(precisions))} would mix with its own; keep {begun}, "
+                       "or name another study by --study")
+    if study.auto == "bf16" != best_precision():
+        raise BadInput(f"study {study.name!r} runs in bf16, which this machine does not have in hardware: run it where "
+                       "it was begun, or with --precision fp32 under another name by --study")
+
 def record_study(study:Study, outputs="outputs"):
-    "Write `study.json`; `BadInput` where this study's precision would mix with that of its earlier runs."
+    "Write `study.json`; `BadInput` where this study's precision or seeds would mix with those of its earlier runs."
     folder = Path(outputs)/study.name
     make_folder(folder)
     with hold(folder, "study", wait=60):
-        begun = read_record(study.name, outputs).get("auto")
-        precisions = {c.precision for c in study.configs}
-        if begun and begun not in precisions or study.auto not in (None, begun or study.auto):
-            raise BadInput(f"study {study.name!r} was begun with precision auto, which was {begun} there: runs in "
-                           f"{' and '.join(sorted(precisions))} would mix with its own; keep {begun}, or name another study by --study")
-        if study.auto == "bf16" != best_precision():
-            raise BadInput(f"study {study.name!r} runs in bf16, which this machine does not have in hardware: run it where it was begun, "
-                           "or with --precision fp32 under another name by --study")
         earlier = read_record(study.name, outputs)   # a call with fewer seeds does not undo what others have repeated
+        begun = earlier.get("auto")
+        _check_precision(study, begun)
         tuning = {c.seed for c in study.configs} | set(earlier.get("seeds", ()))
         final = set(study.final_seeds) | set(earlier.get("final_seeds", ()))
         if both := sorted(tuning & final):
-            raise BadInput(f"study {study.name!r} would tune and repeat with seed {both[0]}: take other seeds, or name another study by --study")
+            raise BadInput(f"study {study.name!r} would tune and repeat with seed {both[0]}: "
+                           "take other seeds, or name another study by --study")
         record = dict(name=study.name, seeds=sorted(tuning), final_seeds=sorted(final), auto=begun or study.auto)
         write_json(folder/"study.json", record)
 
@@ -211,7 +252,7 @@ def diverged(folder) -> bool:
 
 # %% ../nbs/09_sweep.ipynb #17cdc05e
 def choose(configs:list[RunConfig], outputs="outputs") -> RunConfig|None:
-    "Of the runs of a cell the configuration with the best mean score over the seeds that tune, by the score that chooses."
+    "The configuration of a cell with the best mean of the score that chooses, over the seeds that tune."
     from peft_study.results import chosen_configurations, table_of
     table = table_of([run_folder(c, outputs) for c in configs])
     chosen = chosen_configurations(table)
@@ -227,7 +268,8 @@ class SecondStage:
         self.waiting = dict(study.cells) if study.final_seeds else {}
         self._count()
 
-    def _count(self): self.expected = len(self.study.final_runs({cell: c[0] for cell, c in self.waiting.items()})) # runs to come
+    def _count(self): # the repetitions that are to come, whatever will be chosen
+        self.expected = len(self.study.final_runs({cell: configs[0] for cell, configs in self.waiting.items()}))
 
     def _folders(self, cell): return [run_folder(c, self.outputs) for c in self.waiting[cell]]
 
@@ -247,30 +289,46 @@ class SecondStage:
         return [line(cell) for cell in self.waiting]
 
 # %% ../nbs/09_sweep.ipynb #1c1af58d
-def _next(todo, folders):
-    "The first run that is neither finished nor in somebody's hands; finished ones leave the list."
+def _next(todo, folders, stack:int=1) -> list[RunConfig]:
+    "The first run that is neither finished nor in another process, and those that stack with it; all leave the list."
+    from peft_study.stack import stack_key
+    found, key = [], None
     for config in list(todo):
-        if is_done(folders[config]): todo.remove(config)
-        elif not holder(folders[config]): todo.remove(config); return config
+        if len(found) == stack: break
+        if found and (key is None or stack_key(config) != key): continue
+        if not is_done(folders[config]):
+            if holder(folders[config]): continue
+            found.append(config)
+            key = stack_key(found[0])
+        todo.remove(config)
+    return found
 
 # %% ../nbs/09_sweep.ipynb #b3586668
 def _outcome(folder) -> str:
     r = read_result(folder)
-    return f"score {r['score']:.3f}  {r['parameters']['trainable']:,} parameters  {r['cost']['train_seconds']:.0f} s"
+    trainable, seconds = r["parameters"]["trainable"], r["cost"]["train_seconds"]
+    return f"score {r['score']:.3f}  {trainable:,} parameters  {seconds:.0f} s"
 
 def _last_line(folder) -> str:
-    for name in ("error.txt", "log.txt"):
-        if (file := Path(folder)/name).is_file() and (lines := read_text(file, "replace").strip().splitlines()):
-            return shortened(lines[0] if name == "error.txt" else lines[-1])
+    "The first line of the error, or the last of what was printed."
+    for name, position in (("error.txt", 0), ("log.txt", -1)):
+        file = Path(folder)/name
+        lines = read_text(file, "replace").strip().splitlines() if file.is_file() else []
+        if lines: return shortened(lines[position])
     return "its process was killed"
 
-def _minutes(seconds) -> str: return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+def _minutes(seconds) -> str:
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
 
 # %% ../nbs/09_sweep.ipynb #751452e0
 def _table(summary, running, folders):
     from rich.table import Table
     table = Table.grid(padding=(0, 2))
-    for c in list(running)[:20]: table.add_row(c.run_id, _progress(folders[c]))
+    together = {}
+    for config, (process, _) in running.items(): together.setdefault(process, []).append(config)
+    for first, *others in list(together.values())[:20]:
+        name = f"{first.run_id} and {len(others)} more" if others else first.run_id
+        table.add_row(name, _progress(folders[first]))
     table.add_row(f"[dim]{summary}[/]")
     return table
 
@@ -288,13 +346,13 @@ class Tally:
 
     def left(self, todo, running) -> str:
         rest = [work(c) for c in [*todo, *running]]
-        later = self.second.expected * sum(map(work, self.runs)) / max(1, len(self.runs)) # as large as a run is on average
+        later = self.second.expected * sum(map(work, self.runs)) / max(1, len(self.runs))   # each of average size
         seconds = (time.time() - self.started) * (sum(rest) + later) / self.studied if self.studied else 0
         return _minutes(seconds) if seconds else ""
 
     def line(self, todo, running) -> str:
-        parts = [f"{self.ended(todo, running) - len(self.failed)} done", f"{len(running)} running", f"{len(self.failed)} failed",
-                 f"{len(todo) + self.second.expected} waiting", self.left(todo, running)]
+        parts = [f"{self.ended(todo, running) - len(self.failed)} done", f"{len(running)} running",
+                 f"{len(self.failed)} failed", f"{len(todo) + self.second.expected} waiting", self.left(todo, running)]
         return " · ".join(p for p in parts if p)
 
 # %% ../nbs/09_sweep.ipynb #fb7e84d0
@@ -303,6 +361,43 @@ def _ended_line(config, folder, tally:Tally, todo, running) -> str:
     what = _outcome(folder) if is_done(folder) else f"[red]failed[/]: {escape(_last_line(folder))}"
     return f"{tally.ended(todo, running)}/{tally.total}  {config.run_id}  {what}  [dim]{tally.left(todo, running)}[/]"
 
+class _Queue:
+    "The runs of a study that are to be started, the longest first, with their folders."
+    def __init__(self, study:Study, outputs):
+        self.outputs, self.results = outputs, on_one_device(finished(outputs))
+        self.second = SecondStage(study, outputs)
+        self.tally, self.folders, self.todo = Tally(study.grid, self.second), {}, []
+        self._add(study.grid)
+        self.repeat()
+
+    def _add(self, configs):
+        "Put what is not finished at the head of the list."
+        self.folders.update({c: run_folder(c, self.outputs) for c in configs})
+        new = [c for c in configs if not is_done(self.folders[c])]
+        self.todo[:0] = sorted(new, key=lambda c: -(estimate(c, self.results) or work(c)))
+
+    def repeat(self):
+        "Add the repetitions of cells whose grid has become complete."
+        new = [c for c in self.second.begin() if c not in self.folders]
+        self.tally.runs += new
+        self._add(new)
+
+    def start(self, engine):
+        "Start runs as long as there is room."
+        while engine.has_room and (configs := _next(self.todo, self.folders, engine.stack)):
+            for config in configs: start_run(config, self.outputs)
+            engine.start(configs, [self.folders[c] for c in configs])
+
+    def end(self, config, code:int, running) -> str|None: # a line that says so
+        "Count a run that has ended, or put it back where another sweep was a moment earlier."
+        if code == 3:
+            self.todo.append(config)
+            return None
+        self.tally.studied += work(config)
+        if not is_done(self.folders[config]): self.tally.failed.append(config)
+        return _ended_line(config, self.folders[config], self.tally, self.todo, running)
+
+# %% ../nbs/09_sweep.ipynb #508256f5
 def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
               console=None # of rich
              ) -> tuple[list[Path], list[RunConfig]]: # folders that are complete, and configurations that failed
@@ -310,42 +405,26 @@ def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
     from rich.console import Console
     from rich.live import Live
     console = console or Console(stderr=True)
+    def say(*lines): console.print(*lines, sep="\n  ", highlight=False, soft_wrap=True)
     if n := adopt(study.name, outputs): console.print(f"{n} published runs of study {study.name} count as finished")
     record_study(study, outputs)
-    second, results = SecondStage(study, outputs), on_one_device(finished(outputs))
-    tally, folders, todo = Tally(study.grid, second), {}, []
-    def add(configs):
-        "Put what is not finished at the head of the list, the longest first."
-        folders.update({c: run_folder(c, outputs) for c in configs})
-        new = [c for c in configs if not is_done(folders[c])]
-        todo[:0] = sorted(new, key=lambda c: -(estimate(c, results) or work(c)))
-    def repeat():
-        new = [c for c in second.begin() if c not in folders]
-        tally.runs += new
-        add(new)
-    add(study.grid)
-    repeat()
+    queue = _Queue(study, outputs)
+    tally, todo = queue.tally, queue.todo
     if n := tally.ended(todo, ()): console.print(f"{n} of {tally.total} runs are finished already")
     if todo: engine = engine or Local(outputs)
     try:
         with Live(console=console, refresh_per_second=2, transient=True) as live:
             while todo or (engine and engine.running):
-                while engine.has_room and (config := _next(todo, folders)):
-                    start_run(config, outputs)
-                    engine.start(config, folders[config])
+                queue.start(engine)
                 for config, code in engine.ended():
-                    if code == 3: # another sweep was a moment earlier
-                        todo.append(config)
-                        continue
-                    tally.studied += work(config)
-                    if not is_done(folders[config]): tally.failed.append(config)
-                    line = _ended_line(config, folders[config], tally, todo, engine.running)
-                    console.print(line, highlight=False, soft_wrap=True)
-                    repeat()
-                live.update(_table(tally.line(todo, engine.running), engine.running, folders))
+                    line = queue.end(config, code, engine.running)
+                    if line is None: continue
+                    say(line)
+                    queue.repeat()
+                live.update(_table(tally.line(todo, engine.running), engine.running, queue.folders))
                 time.sleep(.2)
-                if not todo and not engine.running: repeat() # other sweeps may have completed a grid
+                if not todo and not engine.running: queue.repeat() # other sweeps may have completed a grid
     finally:
         if engine: engine.stop()
-    if waiting := second.left(): console.print("not repeated with the final seeds yet:", *waiting, sep="\n  ", highlight=False, soft_wrap=True)
-    return [f for c, f in folders.items() if c not in tally.failed], tally.failed
+    if waiting := queue.second.left(): say("not repeated with the final seeds yet:", *waiting)
+    return [f for c, f in queue.folders.items() if c not in tally.failed], tally.failed
