@@ -122,7 +122,8 @@ _kinds = dict(LORA=_LoraSettings, IA3=_IA3Settings, PROMPT_TUNING=_VirtualTokens
 # of no effect on a trained adapter
 _silent = """peft_type peft_version auto_mapping base_model_name_or_path revision inference_mode fan_in_fan_out
     eva_config init_ia3_weights init_weights prompt_tuning_init prompt_tuning_init_text
-    tokenizer_name_or_path tokenizer_kwargs prefix_projection encoder_hidden_size megatron_core qalora_group_size""".split()
+    tokenizer_name_or_path tokenizer_kwargs prefix_projection encoder_hidden_size megatron_core
+    qalora_group_size""".split()
 
 # %% ../nbs/07b_exchange.ipynb #f149642d
 def _known_to_peft(kind:str, setting:str) -> bool:

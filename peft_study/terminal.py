@@ -9,7 +9,6 @@ __all__ = ['warn_of_gpus', 'warn_of_budgets', 'report_run', 'print_table', 'trai
 # %% ../nbs/11c_terminal.ipynb #7e000003
 import os, sys
 from functools import cache
-from pathlib import Path
 from .glue import BadInput, get_task, in_order
 
 # %% ../nbs/11c_terminal.ipynb #7e000006
