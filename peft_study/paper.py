@@ -7,11 +7,12 @@ __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates',
            'points_from', 'capital', 'Paper', 'against_full', 'encoder_config', 'learning_parts', 'abstract',
            'code_address', 'origin', 'about_full', 'about_probe', 'layer_figure', 'methods_table', 'data_text',
            'data_table', 'setup_table', 'common_settings', 'setup_text', 'protocol_text', 'status_text', 'scores_text',
-           'comparison_text', 'parameters_table', 'parameters_text', 'enough', 'tuning_text', 'has_costs', 'cost_text',
-           'cost_is_drawn', 'chosen_runs', 'curves_text', 'init_table', 'init_text', 'official_table', 'official_text',
-           'published', 'published_text', 'published_scaling_text', 'published_table', 'published_figure', 'map_figure',
-           'scaling_figure', 'relative_figure', 'tuning_figure', 'cost_figure', 'curves_figure', 'limits', 'not_part',
-           'conclusion', 'reproduce_text', 'environment_table', 'runs_table']
+           'comparison_text', 'parameters_table', 'parameters_text', 'enough', 'flattery', 'at_the_edge', 'tuning_text',
+           'has_costs', 'cost_text', 'cost_is_drawn', 'chosen_runs', 'curves_text', 'init_table', 'init_text',
+           'official_table', 'official_text', 'published', 'published_text', 'published_scaling_text',
+           'published_table', 'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure',
+           'cost_figure', 'curves_figure', 'limits', 'not_part', 'conclusion', 'short_table', 'in_short',
+           'reproduce_text', 'environment_table', 'runs_table']
 
 # %% ../nbs/11c_paper.ipynb #d326cd8d
 import re, subprocess
@@ -29,11 +30,11 @@ from .methods.core import find_method
 from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, expected_best_figure,
                               layer_diagram, number, place_names, published_scaling, relative_to_full,
                               score_vs_parameters, shown_encoder, shown_method)
-from .report import (Marks, Trace, as_it_is, command_of, ordered_cells, markdown_table, pair_table, percent,
-                               shown_size)
+from .report import (Marks, Trace, as_it_is, command_of, half_width, ordered_cells, markdown_table,
+                               pair_table, percent, shown_size)
 from .results import (CELL, PLACE, DevExamples, best_sizes, budget_curves, cell_means, compare,
-                                compare_over_tasks, done, floors, load_runs, methods_in, not_reported, reported,
-                                runs_of, studies, usual_claims)
+                                compare_over_tasks, done, floors, load_runs, methods_in, not_reported, paired,
+                                reported, runs_of, studies, usual_claims)
 from .runs import read_config, read_record
 from .statistics import glue_score, parameter_efficiency
 
@@ -638,6 +639,30 @@ def _enough_text(paper:Paper) -> str:
     return f"The smallest sizes whose 95% interval reaches 99% of the score of full fine-tuning: {'; '.join(found)}."
 
 # %% ../nbs/11c_paper.ipynb #11f87410
+def flattery(paper:Paper) -> str:
+    "By how much choosing on dev would have flattered each method."
+    gains = (paper.usual.usual - paper.usual.fair).groupby(paper.usual.label).mean()
+    by = listed(f"{number(100 * gains[m])} points for {in_words(m)}" for m in methods_in(paper.usual))
+    return ("Choosing on dev claims more than the dev score of what the tuning split chooses, from the same runs: on "
+            f"average by {by}.")
+
+def at_the_edge(paper:Paper) -> str:
+    "Which cells chose the lowest or the highest of the learning rates that they tried."
+    found = {}
+    for i in range(len(paper.cells)):
+        cell = paper.cells.iloc[[i]]
+        place = tuple(cell[PLACE].iloc[0])
+        label, size = cell.label.iloc[0], cell["size"].iloc[0]
+        here = at_place(paper.done, place)
+        tried = here.lr[(here.label == label) & (here["size"] == size)]
+        chosen = runs_of(paper.table, cell).lr.iloc[0]
+        if tried.nunique() < 2 or tried.min() < chosen < tried.max(): continue
+        found.setdefault(paper.places[place], []).append(f"{with_size(label, size)} ({rates([chosen])})")
+    if not found: return ""
+    where = "; ".join(f"on {title} {listed(names)}" for title, names in found.items())
+    return ("The chosen learning rate is the lowest or the highest that was tried, so that another might be better, "
+            f"{where}.")
+
 def tuning_text(paper:Paper) -> str:
     "What trying configurations brings, and what choosing on dev would have claimed."
     several = not paper.budget.empty and paper.budget.n.max() > 1
@@ -646,14 +671,11 @@ def tuning_text(paper:Paper) -> str:
         usual = ("The study has no tuning split: its scores are of what is best on dev, and how much this flatters "
                  "cannot be measured.")
     else:
-        gains = (paper.usual.usual - paper.usual.fair).groupby(paper.usual.label).mean()
-        by = listed(f"{number(100 * gains[m])} points for {in_words(m)}" for m in methods_in(paper.usual))
         usual = ("@tbl-usual shows what the usual way, choosing configuration and epoch on dev, would have claimed "
-                 "from the runs that tune. This is more than the dev score of what the tuning split chooses, on "
-                 f"average by {by}.")
+                 f"from the runs that tune. {flattery(paper)}")
     drawn = ("@fig-tuning shows the expected dev score of the best of a number of tried configurations, by the "
              "unbiased estimate of @tang2020showing; @dodge2019show introduced such curves.") if several else ""
-    return sentences(usual, drawn)
+    return sentences(usual, drawn, at_the_edge(paper))
 
 def has_costs(paper:Paper) -> bool: return "cost_train_seconds" in paper.runs
 
@@ -874,6 +896,50 @@ def _at_what_cost(paper:Paper) -> str:
     memory = listed(peaks if len(set(peaks)) > 1 else peaks[:1])
     return (f"At the chosen sizes, what is kept for each task is {saved}; the peak of memory in training is "
             f"{memory} GB. Training times are in @tbl-cost, and compare only where runs had a machine to themselves.")
+
+# %% ../nbs/11c_paper.ipynb #a1607028
+def _against_full(paper:Paper, full, cell) -> str:
+    "The difference to full fine-tuning in points, with its interval over seeds and examples."
+    if full.empty or cell.label.iloc[0] == "full": return ""
+    found = paired(runs_of(paper.table, cell), runs_of(paper.table, full), paper.examples)
+    difference = percent(cell.score.iloc[0] - full.score.iloc[0], "+z.1f")
+    if found["low"] != found["low"]: return difference
+    return f"{difference} ({percent(found['low'])} to {percent(found['high'])})"
+
+def short_table(paper:Paper) -> str:
+    "Markdown: a row a method and size; a task has its score ± half of its interval, and the difference to full."
+    cells = {}
+    for place in paper.places:
+        here = at_place(paper.cells, place)
+        full = here[here.label == "full"]
+        for i in range(len(here)):
+            cell = here.iloc[[i]]
+            c = cell.iloc[0]
+            score = f"{percent(c.score)}{half_width(c.low, c.high)}"
+            row = cells.setdefault((c.label, c["size"]), dict(parameters=c.parameters))
+            row[place] = [score, _against_full(paper, full, cell)]
+    constants = floors(paper.table, paper.examples)
+    first = ["a constant prediction", ""]
+    for place in paper.places: first += [percent(at_place(constants, place).constant.iloc[0]), ""]
+    rows = [first]
+    for (label, size), row in cells.items():
+        scores = [text for place in paper.places for text in row.get(place, ["—", "—"])]
+        rows.append([capital(with_size(label, size)), f"{row['parameters']:,}", *scores])
+    header = ["", "trainable parameters"]
+    for title in paper.places.values(): header += [f"{title}, %", "against full, points"]
+    return markdown_table(header, rows)
+
+def in_short(paper:Paper) -> str:
+    "Markdown: what was done, the table, and what it shows."
+    runs, seeds = plural(len(paper.done), "run"), seeds_in_words(paper.runs.seed)
+    if has_costs(paper): runs += f" ({paper.done.cost_train_seconds.sum() / 3600:.1f} hours of training)"
+    what = f"{listed(paper.encoders)} on {paper.where()}, {runs}; dev scores of {seeds}"
+    if paper.two_stages: what += ", after another seed has tuned on a held-out part of the training set"
+    what += ". Intervals (95%) are over seeds and dev examples." if paper.seeds >= 3 else "."
+    answers = [f"- **How close?** {_how_close(paper)}", f"- **How many parameters?** {_how_many(paper)}"]
+    if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {flattery(paper)}")
+    if edge := at_the_edge(paper): answers.append(f"- **Limits.** {edge}")
+    return "\n\n".join([what, short_table(paper), "\n".join(answers)])
 
 # %% ../nbs/11c_paper.ipynb #7c1ae333
 def reproduce_text(paper:Paper) -> str:

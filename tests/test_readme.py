@@ -1,0 +1,43 @@
+"README's numbers are those of the records."
+import json, re
+import pandas as pd
+import pytest
+from conftest import REPO
+from peft_study.bench import ratios
+from peft_study.paper import Paper, in_short
+from peft_study.plots import number
+from peft_study.records import adopt
+
+TEXT = (REPO/"README.md").read_text()
+
+
+def test_findings(tmp_path):
+    "The first screen is what `in_short` computes from the published runs."
+    adopt("small", tmp_path, REPO/"reports/records/small")
+    stored = re.search("<!-- findings of small: begin -->\n(.*)\n<!-- findings of small: end -->", TEXT, re.DOTALL)[1]
+    assert stored.strip() == in_short(Paper("small", tmp_path)).strip()
+
+
+def mean_and_spread(scores) -> str:
+    "Such as `0.17 ± 0.08`."
+    return f"{number(scores.mean(), 'z.2f')} ± {number(scores.std(), 'z.2f')}"
+
+
+def test_demo_table():
+    runs = pd.read_csv(REPO/"reports/records/demo/results.csv")
+    names = dict(lora="LoRA r = {}", adapter="adapters m = {}", full="full fine-tuning",
+                 head="linear probe (pooler and head)")
+    for (method, size), cell in runs.groupby(["method", "size"]):
+        scores = [mean_and_spread(cell.score[cell.task_name == task]) for task in ("cola", "sst2")]
+        row = [names[method].format(size[1:]), f"{cell.parameters_trainable.iloc[0]:,}", *scores]
+        assert f"| {' | '.join(row)} |" in TEXT
+    assert f"{len(runs)} runs" in TEXT
+
+
+@pytest.mark.parametrize("side, written", [("ours", r"LoRA on MiniLM trains ([\d.]+) times"),
+                                           ("ours_fp32", r"at equal precision it is ([\d.]+) to ([\d.]+) times")])
+def test_speed(side, written):
+    rows = json.loads((REPO/"reports/records/bench/bench.json").read_text())["rows"]
+    found = ratios(rows, side).query("method == 'lora'").ratio
+    expected = [found.median()] if side == "ours" else [found.min(), found.max()]
+    assert [f"{x:.1f}" for x in expected] == list(re.search(written, TEXT).groups())
