@@ -324,7 +324,8 @@ def trace(table:Annotated[str, typer.Argument(help="tbl-main, for instance")],
     print(f"{study}  {table}  {cell}: {found['text']}")
     for run in found["runs"]:
         folder = outputs/run["study"]/"runs"/run["run_id"]
-        lines = [f"{run['score']:.4f}  {run['run_id']}", f"{folder}/notebook.ipynb", f"{folder}/result.json"]
+        files = [f"{folder}/{name}" for name in ("notebook.ipynb", "result.json") if Path(folder, name).is_file()]
+        lines = [f"{run['score']:.4f}  {run['run_id']}", *files]
         if run["command"]: lines.append(run["command"])
         print("\n        ".join(lines))
 

@@ -244,7 +244,8 @@ def _run_rows(run:dict, outputs, folder) -> str:
     there = Path(outputs)/run["study"]/"runs"/run["run_id"]
     link = os.path.relpath(there.resolve(), folder.resolve())
     run["command"] = command_of(read_config(there)) if (there/"config.json").is_file() else None
-    files = " ".join(f"<a href='{link}/{f}'>{f}</a>" for f in ("notebook.ipynb", "result.json"))
+    names = ["notebook.ipynb"] * (there/"notebook.ipynb").is_file() + ["result.json"]   # a run of a stack has none
+    files = " ".join(f"<a href='{link}/{name}'>{name}</a>" for name in names)
     command = html.escape(run["command"] or "")
     return (f"<tr><td><code>{run['run_id']}</code></td><td>{percent(run['score'], 'z.2f')}</td><td>{files}</td></tr>"
             f"<tr><td colspan=3><code>{command}</code></td></tr>")
