@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from .config import RunConfig
 from .data import read_split
-from .files import read_text
+from .files import read_json, read_text
 from .glue import BadInput, TASKS, get_task, in_order, score
 from .methods.core import find_method, method_names
 from .runs import kept_epoch, read_config, read_record, read_result, run_folders, status, write_atomic
@@ -73,7 +73,8 @@ def _row(folder) -> dict:
     try: run = read_config(folder)
     except BadInput as e:
         return dict(run_id=folder.name, task_name=folder.name.split("-")[0], status="failed", error=str(e))
-    config, error = run.flat(), folder/"error.txt"
+    written, error = read_json(folder/"config.json"), folder/"error.txt"
+    config = run.flat() | {k: written[k] for k in ("data", "checkpoint") if k in written}   # a path as it was typed
     row = flatten(dict(run_id=folder.name, size=run.method.size, config=config))
     row |= dict(status=status(folder), config=config)
     if error.is_file(): row["error"] = read_text(error, "replace").strip().split("\n")[0]

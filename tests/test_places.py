@@ -118,3 +118,19 @@ def test_ones_own_method_in_the_working_folder(tmp_path):
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert find("mine:Mine").stdout == "Mine\n"
     assert "BadInput: method 'broken:Mine': SystemExit: no" in find("broken:Mine").stderr
+
+
+def test_an_unfinished_run_elsewhere(tmp_path):
+    "A run without a result belongs to the same data from every folder, though its path is relative."
+    from peft_study.config import RunConfig
+    from peft_study.results import load_runs
+    from peft_study.runs import start_run
+    (tmp_path/"here/data").mkdir(parents=True)
+    (tmp_path/"elsewhere").mkdir()
+    with chdir(tmp_path/"here"):
+        start_run(RunConfig(task_name="rte", method="lora", data="data", study="s"), tmp_path/"outputs")
+        here = load_runs("s", tmp_path/"outputs")
+    with chdir(tmp_path/"elsewhere"): there = load_runs("s", tmp_path/"outputs")
+    columns = ["data", "data_id", "configuration"]
+    assert here[columns].values.tolist() == there[columns].values.tolist()
+    assert there.data.tolist() == ["data"]
