@@ -360,13 +360,14 @@ def score(folder:Annotated[Path, typer.Argument(help="with the TSVs of a submiss
 # %% ../nbs/12_cli.ipynb #c1000032
 def write_page(study, outputs, folder):
     "The page of a published study, with its figure, as far as it has something to report."
-    import shutil
     from peft_study.cards import study_card
+    from peft_study.plots import save, score_vs_parameters
     from peft_study.results import cell_means, load_runs
-    cells, figure = cell_means(load_runs(study, outputs)), Path(outputs)/study/"score_vs_parameters.png"
+    runs = load_runs(study, outputs)
+    cells = cell_means(runs)
     if cells.empty: return
-    if figure.is_file(): shutil.copyfile(figure, folder/figure.name)
-    study_card(study, cells, figure.name if figure.is_file() else None).save(folder/"README.md")
+    save(score_vs_parameters(runs), folder/"score_vs_parameters")
+    study_card(study, cells, "score_vs_parameters.png").save(folder/"README.md")
 
 @app.command()
 def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
