@@ -23,6 +23,14 @@ def _publish_run(folder:Path, to:Path):
     write_json(to/"config.json", {k: v for k, v in read_json(folder/"config.json").items() if k != "places"})
     shutil.copyfile(folder/"result.json", to/"result.json")
 
+def _publish_page(file:Path, to:Path, runs:list[Path]):
+    "Copy a page of the report, with the folders of its commands as they were typed."
+    text = file.read_text()
+    for folder in runs:
+        settings = read_json(folder/"config.json")
+        for name, place in settings.get("places", {}).items(): text = text.replace(place, str(settings[name]))
+    to.write_text(text)
+
 def publish(study:str, outputs="outputs",
             to=None # default: `records_folder`
            ) -> Path:
@@ -33,8 +41,10 @@ def publish(study:str, outputs="outputs",
     if done(table).empty: raise BadInput(f"study {study!r} has no finished run to publish")
     for run_id in done(table).run_id: _publish_run(source/"runs"/run_id, to/"runs"/run_id)
     publish_predictions(reported(table), source)
-    for name in ("study.json", "results.csv", DEV_FILE, "report/report.html", "report/report.pdf", "report/runs.html"):
+    for name in ("study.json", "results.csv", DEV_FILE, "report/report.pdf"):
         if (source/name).is_file(): shutil.copyfile(source/name, to/Path(name).name)
+    runs = [source/"runs"/run_id for run_id in done(table).run_id]
+    for page in (source/"report").glob("*.html"): _publish_page(page, to/page.name, runs)
     for submission in (source/"submission").glob("*/submission.zip"):
         kept = to/"submission"/submission.parent.name
         make_folder(kept)
