@@ -34,6 +34,8 @@ GOOD = "[mine]\ntask_name = rte\ndata = demo\n[mine.lora]\nrank = 4\n"
     (GOOD, ["study", "mine", "--tasks", "rte,mrcp"], "settings.ini [mine.lora]: unknown task_name 'mrcp'"),
     (GOOD, ["study", "mine", "--rnak", "8"], "rnak"),
     (GOOD, ["study", "mine", "--engine", "slurm"], "engine must be local or ray"),
+    (GOOD, ["study", "mine", "--stack", "0"], "stack must be auto, or a number from 1 on, got '0'"),
+    (GOOD, ["study", "mine", "--engine", "ray", "--stack", "4"], "stack must be auto or 1 with --engine ray, got '4'"),
     (GOOD, ["predict", "mine"], "no study 'mine'"),
     (GOOD, ["score", "nowhere", "--labels", "nowhere"], "'nowhere': no such folder"),
 ], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
