@@ -8,7 +8,7 @@ __all__ = ['RunFailed', 'template', 'run_notebook', 'listed_gpus', 'gpu_trouble'
            'choose', 'SecondStage', 'Tally', 'run_study']
 
 # %% ../nbs/09_sweep.ipynb #8d4bb4ff
-import os, re, sys, time
+import math, os, re, sys, time
 from functools import cache
 from pathlib import Path
 from threading import Event, Thread
@@ -412,6 +412,7 @@ def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
     tally, todo = queue.tally, queue.todo
     if n := tally.ended(todo, ()): console.print(f"{n} of {tally.total} runs are finished already")
     if todo: engine = engine or Local(outputs)
+    shown = -math.inf
     try:
         with Live(console=console, refresh_per_second=2, transient=True) as live:
             while todo or (engine and engine.running):
@@ -421,7 +422,9 @@ def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
                     if line is None: continue
                     say(line)
                     queue.repeat()
-                live.update(_table(tally.line(todo, engine.running), engine.running, queue.folders))
+                if time.monotonic() - shown > 1:   # reading the logs of all runs takes time that they could use
+                    live.update(_table(tally.line(todo, engine.running), engine.running, queue.folders))
+                    shown = time.monotonic()
                 time.sleep(.2)
                 if not todo and not engine.running: queue.repeat() # other sweeps may have completed a grid
     finally:
