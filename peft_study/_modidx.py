@@ -815,7 +815,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'peft_study.report.as_it_is': ('report.html#as_it_is', 'peft_study/report.py'),
                                    'peft_study.report.as_markdown': ('report.html#as_markdown', 'peft_study/report.py'),
                                    'peft_study.report.cell_names': ('report.html#cell_names', 'peft_study/report.py'),
-                                   'peft_study.report.command_of': ('report.html#command_of', 'peft_study/report.py'),
                                    'peft_study.report.cost_table': ('report.html#cost_table', 'peft_study/report.py'),
                                    'peft_study.report.execute_report': ('report.html#execute_report', 'peft_study/report.py'),
                                    'peft_study.report.half_width': ('report.html#half_width', 'peft_study/report.py'),

@@ -19,6 +19,7 @@ import re, subprocess
 from functools import cache, cached_property
 from pathlib import Path
 import pandas as pd
+from .cards import command_of
 from .config import RunConfig
 from .data import minilm_folder
 from .demo import MAKERS
@@ -30,8 +31,8 @@ from .methods.core import find_method
 from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, expected_best_figure,
                               layer_diagram, number, place_names, published_scaling, relative_to_full,
                               score_vs_parameters, shown_encoder, shown_method)
-from .report import (Marks, Trace, as_it_is, command_of, half_width, ordered_cells, markdown_table,
-                               pair_table, percent, shown_size)
+from .report import (Marks, Trace, as_it_is, half_width, ordered_cells, markdown_table, pair_table,
+                               percent, shown_size)
 from .results import (CELL, PLACE, DevExamples, best_sizes, budget_curves, cell_means, compare,
                                 compare_over_tasks, done, floors, load_runs, methods_in, not_reported, paired,
                                 reported, runs_of, studies, usual_claims)

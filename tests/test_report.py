@@ -7,7 +7,8 @@ import nbformat, pytest
 from conftest import REPO
 from peft_study.config import RunConfig
 from peft_study.methods.core import method_names
-from peft_study.report import command_of, execute_report, options, plain, quarto_program, report
+from peft_study.cards import command_of
+from peft_study.report import execute_report, options, plain, quarto_program, report
 from peft_study.runs import read_config, start_run
 
 
