@@ -2,7 +2,7 @@
 import json, os, random, resource, signal, time
 import psutil
 from conftest import descendants, findings, flags
-from peft_study.runs import hold
+from peft_study.runs import lock_folder
 
 
 def results(folder): return {f.parent.name: f.stat().st_mtime_ns for f in folder.glob("eight/runs/*/result.json")}
@@ -106,7 +106,7 @@ def test_in_use(command, tiny, tmp_path):
     assert command(*run_of(tiny))[0] == 0
     folder = the_run(tmp_path/"outputs")
     (folder/"result.json").unlink()
-    with hold(folder, "notebook"):
+    with lock_folder(folder, "notebook"):
         code, out, err = command(*run_of(tiny))
     assert code == 2 and f"{folder.name} is being run by process {os.getpid()} on" in err
     assert len(err.strip().splitlines()) == 1
@@ -163,4 +163,4 @@ def test_out_of_memory(command, tiny, tmp_path):
     assert code == 0, err
     folder = the_run(tmp_path/"outputs")
     assert json.loads((folder/"result.json").read_text())["cost"]["batch_parts"] == 4
-    assert "again from the start, with each batch in 4 parts" in (folder/"notebook.ipynb").read_text()
+    assert "again from the start, with each batch in 4 micro-batches" in (folder/"notebook.ipynb").read_text()

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from conftest import REPO, flags
 from peft_study import runs, sweep, train
 from peft_study.glue import BadInput, METRICS, get_task, score
-from peft_study.runs import cores, hold, holder, provenance
+from peft_study.runs import cores, lock_folder, lock_owner, provenance
 from peft_study.speed import speed_up
 
 # --- scores
@@ -107,19 +107,19 @@ def test_lock_on_nfs(tmp_path):
             raise OSError(errno.EBADF, "Bad file descriptor")
         return real(f, operation)
     with patch("fcntl.flock", flock):
-        assert holder(tmp_path) is None
-        with hold(tmp_path): assert holder(tmp_path).startswith(f"{os.getpid()} on ")
-        assert holder(tmp_path) is None
-        with hold(tmp_path):
+        assert lock_owner(tmp_path) is None
+        with lock_folder(tmp_path): assert lock_owner(tmp_path).startswith(f"{os.getpid()} on ")
+        assert lock_owner(tmp_path) is None
+        with lock_folder(tmp_path):
             (tmp_path/".train.lock").write_text("")   # a moment before it is told who holds it
-            assert holder(tmp_path)
+            assert lock_owner(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_file_system_without_locks(tmp_path, number):
     (tmp_path/".train.lock").touch()
     with patch("fcntl.flock", side_effect=OSError(number, os.strerror(number))):
-        for f in (lambda: hold(tmp_path).__enter__(), lambda: holder(tmp_path)):
+        for f in (lambda: lock_folder(tmp_path).__enter__(), lambda: lock_owner(tmp_path)):
             with pytest.raises(BadInput, match=f"has no locks .{os.strerror(number)}.*--outputs"): f()
 
 

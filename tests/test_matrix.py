@@ -27,7 +27,7 @@ def refused(kind, method):
     if method.name == "prefix": return "functions" not in family.attention_takes
     if method.name == "hf_prefix": return "cache" not in family.attention_takes
     if method.name == "hf_prompt": return sizes.E != sizes.H
-    if method.name == "bitfit": return not sizes.B
+    if method.name == "bitfit": return not sizes.biases
     if method.name in ("hf_lora", "hf_ia3") or getattr(method, "dora", False): return bool(family.fused)
     return False
 

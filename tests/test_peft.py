@@ -6,7 +6,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTun
 from transformers import AutoModelForSequenceClassification
 from peft_study import exchange
 from peft_study.encoders import FAMILIES, ROLES, Sites, tiny_config
-from peft_study.exchange import load_peft, peft_method, plain_model
+from peft_study.exchange import load_peft, peft_method, merged_model
 from peft_study.glue import BadInput
 from peft_study.methods.core import apply_method, load_adapter, random_batch, save_adapter, trainable
 from peft_study.methods.ia3 import IA3
@@ -204,7 +204,7 @@ def test_loads(config, tmp_path):
     method = peft_method(tmp_path/"theirs", Sites(ours.config))
     save_adapter(ours, method, tmp_path/"ours")
     close(PeftModel.from_pretrained(base_model(), tmp_path/"ours").eval()(**batch).logits, theirs(**batch).logits)
-    if method.mergeable: close(plain_model(ours, method)(**batch).logits, theirs(**batch).logits)
+    if method.mergeable: close(merged_model(ours, method)(**batch).logits, theirs(**batch).logits)
 
 
 def test_loads_modernbert(tmp_path):

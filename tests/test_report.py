@@ -8,7 +8,7 @@ from conftest import REPO
 from peft_study.config import RunConfig
 from peft_study.methods.core import method_names
 from peft_study.cards import command_of
-from peft_study.report import execute_report, options, plain, quarto_program, report
+from peft_study.report import execute_report, options, quarto_program, render_with_pandoc, report
 from peft_study.runs import read_config, start_run
 
 
@@ -212,7 +212,7 @@ def test_every_row_of_a_long_table(tmp_path):
     before = seconds_of_children()
     notebook = execute_report("many", tmp_path)
     assert seconds_of_children() - before < 20
-    plain(notebook)
+    render_with_pandoc(notebook)
     check_every_row(notebook.parent, made)
     if quarto_program():
         report("many", tmp_path)

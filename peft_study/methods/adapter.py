@@ -101,4 +101,4 @@ class Adapter(Method):
     def n_parameters(self, s:Sizes) -> int:
         H, m = s.H, self.bottleneck_size
         one = 2 * H * m + m + H
-        return 2 * s.L * one + s.N if self.placement == "houlsby" else s.L * one
+        return 2 * s.L * one + s.layer_norms if self.placement == "houlsby" else s.L * one

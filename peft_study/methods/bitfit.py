@@ -20,7 +20,7 @@ class BitFit(Method):
     default_lr = 2e-3
 
     def trains(self, name:str, sites:Sites) -> bool: return name.endswith("bias")
-    def n_parameters(self, s:Sizes) -> int: return s.B
+    def n_parameters(self, s:Sizes) -> int: return s.biases
 
     def check(self, config):
         if not get_sizes(config).B:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'FACTS', 'one_line', 'Method', 'method_names', 'find_method', 'apply_method', 'trainable', 'count',
-           'expected_parameters', 'save_adapter', 'load_adapter', 'Reference', 'random_batch', 'check_method']
+           'expected_parameters', 'save_adapter', 'load_adapter', 'OfficialMethod', 'random_batch', 'check_method']
 
 # %% ../../nbs/methods/00_core.ipynb #26eacb1a
 import json, os, sys
@@ -116,7 +116,7 @@ def lr_scale(self:Method, name:str) -> float:
     return 1.
 
 @patch
-def groups(self:Method, model, lr:float, weight_decay:float) -> list[dict]:
+def param_groups(self:Method, model, lr:float, weight_decay:float) -> list[dict]:
     "Optimiser groups of what learns: matrices with decay, the rest without, each at its learning rate."
     split = {}
     for n, p in trainable(model).items(): split.setdefault((self.decays(n), self.lr_scale(n)), []).append(p)
@@ -301,7 +301,7 @@ def load_adapter(model,   # that `apply_method` made
         for name, p in expected.items(): p.copy_(state[name])
 
 # %% ../../nbs/methods/00_core.ipynb #8a5980a3
-class Reference(Method):
+class OfficialMethod(Method):
     "A method of 🤗 peft (extra `reference`), in this harness."
     def official(self, sites:Sites): raise NotImplementedError   # a peft config
 
@@ -333,7 +333,7 @@ def _logits(model, batch):
 
 def _train_a_little(model, method, batch, steps=3) -> set: # names of what had a gradient
     import torch
-    optimizer = torch.optim.AdamW(method.groups(model, lr=1e-2, weight_decay=.01))
+    optimizer = torch.optim.AdamW(method.param_groups(model, lr=1e-2, weight_decay=.01))
     reached = set()
     model.train()
     for _ in range(steps):

@@ -39,4 +39,4 @@ class Full(Method):
         return self.top_k is None or (layer is not None and layer >= sites.depth - self.top_k)
 
     def n_parameters(self, s:Sizes) -> int|None:
-        return self.top_k and sum(s.P[-self.top_k:])
+        return self.top_k and sum(s.layer_parameters[-self.top_k:])

@@ -8,10 +8,10 @@ __all__ = ['HfIA3']
 # %% ../../nbs/methods/13_hf_ia3.ipynb #e3b583d5
 from ..encoders import Sites, Sizes, get_family
 from ..glue import BadInput
-from .core import Reference
+from .core import OfficialMethod
 
 # %% ../../nbs/methods/13_hf_ia3.ipynb #68278ccf
-class HfIA3(Reference):
+class HfIA3(OfficialMethod):
     "peft.IA3Config on keys, values and the input of ffn_out."
     start = "exact"
     trained = "a scale of keys, values and the input of ffn_out (Hugging Face PEFT)"

@@ -9,11 +9,11 @@ __all__ = ['HfLoRA']
 from pydantic import Field
 from ..encoders import Sites, Sizes, get_family
 from ..glue import BadInput
-from .core import Reference
+from .core import OfficialMethod
 from .lora import LoRA
 
 # %% ../../nbs/methods/10_hf_lora.ipynb #eac95c1d
-class HfLoRA(Reference):
+class HfLoRA(OfficialMethod):
     "peft.LoraConfig on query and value."
     rank: int = Field(8, ge=1, description="r, the inner dimension of the update")
 

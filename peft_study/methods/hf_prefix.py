@@ -9,10 +9,10 @@ __all__ = ['HfPrefix']
 from pydantic import Field
 from ..encoders import Sites, Sizes, families_where, get_family
 from ..glue import BadInput
-from .core import Reference
+from .core import OfficialMethod
 
 # %% ../../nbs/methods/12_hf_prefix.ipynb #6430d99f
-class HfPrefix(Reference):
+class HfPrefix(OfficialMethod):
     "peft.PrefixTuningConfig."
     prefix_length: int = Field(10, ge=1, description="n, the number of virtual tokens in each layer")
 

@@ -9,11 +9,11 @@ __all__ = ['HfPrompt']
 from pydantic import Field
 from ..encoders import Sites, Sizes, get_sizes
 from ..glue import BadInput
-from .core import Reference
+from .core import OfficialMethod
 from .prompt import Prompt
 
 # %% ../../nbs/methods/11_hf_prompt.ipynb #dd7524d5
-class HfPrompt(Reference):
+class HfPrompt(OfficialMethod):
     "peft.PromptTuningConfig."
     prompt_length: int = Field(20, ge=1, description="n, the number of virtual tokens")
 

@@ -19,4 +19,4 @@ class LayerNorm(Method):
     default_lr = 2e-3
 
     def trains(self, name:str, sites:Sites) -> bool: return "norm" in name.lower()
-    def n_parameters(self, s:Sizes) -> int: return s.N
+    def n_parameters(self, s:Sizes) -> int: return s.layer_norms
