@@ -44,8 +44,8 @@ def peer_batches(rows, tokenizer, batch_size:int, shuffle:bool):
     "Batches as 🤗's script makes them: in random order, padded to the longest."
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding
-    columns = [c for c in rows.column_names if c not in ("index", "label")]
-    items = [{c: r[c] for c in columns} | dict(labels=r["label"]) for r in rows]
+    columns = [c for c in rows.dataset.column_names if c not in ("index", "label")]
+    items = [{c: r[c] for c in columns} | dict(labels=r["label"]) for r in rows.dataset]
     return DataLoader(items, batch_size=batch_size, shuffle=shuffle, collate_fn=DataCollatorWithPadding(tokenizer))
 
 # %% ../nbs/27_bench.ipynb #23f4f86d
@@ -55,7 +55,7 @@ def train_peer(config:RunConfig) -> dict:
     from accelerate import Accelerator
     from transformers import get_scheduler
     tokenizer = load_tokenizer(config.checkpoint)
-    rows = load_data(config, tokenizer)   # the same examples
+    rows = load_data(config)   # the same examples
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     model = peer_model(config)
     torch.manual_seed(config.seed)
@@ -102,7 +102,7 @@ def train_trainer(config:RunConfig) -> dict:
     from tempfile import TemporaryDirectory
     from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
     tokenizer = load_tokenizer(config.checkpoint)
-    rows = load_data(config, tokenizer)
+    rows = load_data(config)
     starts, ends, processed, pad = [], [], [], DataCollatorWithPadding(tokenizer)
     class Clock(TrainerCallback):
         def on_epoch_begin(self, *args, **kw): starts.append(time.perf_counter())
@@ -130,9 +130,9 @@ def measured(config:RunConfig, rows, # tokenised splits
              seconds:list[float],    # an epoch
              processed:int,          # tokens in all
              logits, device) -> dict:
-    task, lengths = get_task(config.task_name), [len(x) for x in rows["train"]["input_ids"]]
+    task, lengths = get_task(config.task_name), rows["train"].lengths
     n, real, total = len(lengths), sum(lengths), sum(seconds)
-    epochs, dev = len(seconds), score(task, decide(task, logits), rows["dev"]["label"])
+    epochs, dev = len(seconds), score(task, decide(task, logits), rows["dev"].labels)
     return dict(seconds=seconds, examples_per_second=n * epochs / total, tokens_per_second=real * epochs / total,
                 padding=processed / (real * epochs), length=real / n, peak_memory=peak_memory(device), dev=dev["score"])
 
@@ -393,16 +393,14 @@ def _stepper(config:RunConfig):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()   # another run of this process may have had another precision
-    tokenizer, regression = load_tokenizer(config.checkpoint), get_task(config.task_name).regression
-    rows = load_data(config, tokenizer)["train"]
+    rows = load_data(config)["train"]
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=True)
     model = speed_up(build_model(config), config.precision, accelerator.device)
     model = accelerator.prepare(model).train()
     optimizer, schedule = make_optimizer(model, config, 100)
     def step(index):
-        batch = local_batch(rows, index, tokenizer.pad_token_id, regression)
-        train_step(model, batch, optimizer, schedule, accelerator, config.max_grad_norm)
-    return step, train_batches([len(x) for x in rows["input_ids"]], config.batch_size, config.seed, 0)
+        train_step(model, local_batch(rows, index), optimizer, schedule, accelerator, config.max_grad_norm)
+    return step, train_batches(rows.lengths, config.batch_size, config.seed, 0)
 
 def where_time_goes(config:RunConfig, steps:int=8) -> dict[str, float]:
     "Group of operations → share of the time of `steps` training steps on a processor."

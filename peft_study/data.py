@@ -6,7 +6,7 @@
 __all__ = ['POOL', 'Example', 'split_file', 'read_file', 'bad_rows', 'read_hub', 'read_demo', 'has_split', 'check_source',
            'read_split', 'train_rows', 'check_data', 'hold_back', 'glue_folder', 'file_hash', 'data_fingerprint',
            'tokenizer_fingerprint', 'tokenise', 'minilm_folder', 'load_tokenizer', 'train_batches', 'eval_batches',
-           'collate']
+           'Tokens']
 
 # %% ../nbs/03_data.ipynb #067f1f15
 import csv, hashlib, io, math, random, re
@@ -414,17 +414,34 @@ def eval_batches(lengths, batch_size:int=64) -> list[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
-# %% ../nbs/03_data.ipynb #f557cdbb
-def collate(columns:dict[str, list], # a slice of `tokenise`'s dataset: lists, one entry an example
-            pad_id:int,
-            regression:bool=False    # labels are floats
-           ) -> dict:                # tensors (batch, length); labels (batch,) where there are any
-    "Pad to the longest member of the batch."
-    import torch
-    length = max(map(len, columns["input_ids"]))
-    fill = dict(input_ids=pad_id, attention_mask=0, token_type_ids=0)
-    def padded(rows, value): return torch.tensor([row + [value] * (length - len(row)) for row in rows])
-    batch = {k: padded(columns[k], value) for k, value in fill.items() if k in columns}
-    dtype = torch.float if regression else torch.long
-    if "label" in columns: batch["labels"] = torch.tensor(columns["label"], dtype=dtype)
-    return batch
+# %% ../nbs/03_data.ipynb #a58c0b5c
+class Tokens:
+    """A tokenised split in flat tensors: the tokens of example i are `lengths[i]` from `starts[i]` on. `index` and
+    `labels` are lists, `labels` is None where there are none, and `dataset` is what it was made of."""
+    def __init__(self, dataset, # of `tokenise`
+                 pad_id:int, device="cpu"):
+        import numpy as np, torch
+        names = dataset.column_names
+        def column(name): return dataset.data.column(name).combine_chunks()
+        def tensor(values): return torch.from_numpy(np.array(values)).to(device)
+        lengths = np.array(column("input_ids").value_lengths(), np.int64)
+        self.dataset, self.pad_id = dataset, pad_id
+        self.lengths, self.starts = lengths.tolist(), tensor(np.cumsum(lengths) - lengths)
+        self.columns = {n: tensor(column(n).flatten()) for n in ("input_ids", "token_type_ids") if n in names}
+        self.index, self.labels = list(dataset["index"]), list(dataset["label"]) if "label" in names else None
+
+    def __len__(self): return len(self.lengths)
+
+    def batch(self, index:list[int]) -> dict: # tensors (batch, length); labels (batch,) where there are any
+        "Examples by their numbers, padded to the longest of them."
+        import torch
+        device, lengths = self.starts.device, [self.lengths[i] for i in index]
+        numbers, ends = torch.tensor([index, lengths]).to(device, non_blocking=True)[:, :, None]
+        places = torch.arange(max(lengths), device=device)
+        real = places < ends
+        at = torch.where(real, self.starts[numbers] + places, 0)
+        fill = dict(input_ids=self.pad_id, token_type_ids=0)
+        batch = {name: torch.where(real, tokens[at], fill[name]).long() for name, tokens in self.columns.items()}
+        batch["attention_mask"] = real.long()
+        if self.labels: batch["labels"] = torch.tensor([self.labels[i] for i in index], device=device)
+        return batch

@@ -8,7 +8,7 @@ __all__ = ['check_finite', 'logits_of', 'decide', 'write_predictions', 'load_run
 # %% ../nbs/10_predict.ipynb #fadb35c4
 from pathlib import Path
 from .config import checkpoint_fingerprint
-from .data import collate, eval_batches, load_tokenizer, read_split, tokenise
+from .data import Tokens, eval_batches, load_tokenizer, read_split, tokenise
 from .glue import BadInput, Task, get_task, score, splits, to_word
 from .methods.core import load_adapter
 from .model import build_model
@@ -24,8 +24,7 @@ def check_finite(logits): # (examples, outputs)
             f"the model's outputs are not finite for {odd} of {len(logits)} examples: try a lower lr")
 
 # %% ../nbs/10_predict.ipynb #4ab92ff9
-def logits_of(model, rows,        # from `tokenise`
-              pad_id:int,
+def logits_of(model, rows:Tokens,
               accelerator=None,   # with several processes, each does its share
               batch_size:int=64
              ):                   # numpy (examples, outputs), in the order of `rows`
@@ -37,9 +36,9 @@ def logits_of(model, rows,        # from `tokenise`
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for index in eval_batches([len(x) for x in rows["input_ids"]], batch_size)[rank::world]:
-            columns = {k: v for k, v in rows[index].items() if k != "label"}
-            batch = {k: v.to(device) for k, v in collate(columns, pad_id).items()}
+        for index in eval_batches(rows.lengths, batch_size)[rank::world]:
+            batch = rows.batch(index)
+            batch.pop("labels", None)   # with which the model would compute a loss
             out[torch.tensor(index, device=device)] = model(**batch).logits.float()
     model.train(training)
     if world > 1: out = accelerator.reduce(out, "sum")
@@ -54,10 +53,10 @@ def decide(task:Task, logits # (examples, outputs)
     return logits[:, 0] if task.regression else logits.argmax(-1)
 
 # %% ../nbs/10_predict.ipynb #be20e098
-def write_predictions(file, task:Task, rows, logits):
+def write_predictions(file, task:Task, rows:Tokens, logits):
     "`index label prediction` as TSV; no label column for unlabelled splits."
-    columns = dict(index=list(rows["index"]))   # once: a 🤗 Dataset reads its file each time it is asked for a column
-    if "label" in rows.column_names: columns["label"] = [to_word(task, y) for y in rows["label"]]
+    columns = dict(index=rows.index)
+    if rows.labels: columns["label"] = [to_word(task, y) for y in rows.labels]
     columns["prediction"] = [to_word(task, p) for p in decide(task, logits)]
     lines = ["\t".join(columns), *("\t".join(map(str, row)) for row in zip(*columns.values()))]
     Path(file).parent.mkdir(exist_ok=True)
@@ -81,18 +80,18 @@ def predict_split(folder,          # of a finished run
                   split:str,
                   data:str=None,   # instead of the run's own
                   limit:int=None   # only the first examples
-                 ):                # tokenised rows, logits
+                 ):                # Tokens, logits
     "A saved run's logits on a split, computed as in training."
     import torch
     model, config = load_run(folder)
     tokenizer = load_tokenizer(config.checkpoint)
     skip = config.skip_bad_rows if split == "train" else 0
     examples = read_split(get_task(config.task_name), split, data or config.data, skip)[:limit]
-    rows = tokenise(examples, tokenizer, config.max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = Tokens(tokenise(examples, tokenizer, config.max_length), tokenizer.pad_token_id, device)
     speed_up(model.to(device), config.precision, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        return rows, logits_of(model, rows, tokenizer.pad_token_id)
+        return rows, logits_of(model, rows)
 
 # %% ../nbs/10_predict.ipynb #e54dd965
 def evaluate(folder,           # of a finished run
@@ -105,4 +104,4 @@ def evaluate(folder,           # of a finished run
     labelled = [name for name, split_of_task in splits(task).items() if split_of_task.labelled]
     if split not in labelled: raise BadInput(f"split {split!r} has no labels: use one of {', '.join(labelled)}")
     rows, logits = predict_split(folder, split, data, config.max_eval_examples)
-    return score(task, decide(task, logits), rows["label"])
+    return score(task, decide(task, logits), rows.labels)

@@ -11,7 +11,7 @@ import math
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from .data import collate, eval_batches
+from .data import Tokens, eval_batches
 from .encoders import Sites, families_where, get_family
 from .glue import BadInput
 
@@ -192,7 +192,7 @@ def lowest_trained(model) -> int:
 # %% ../nbs/07_speed.ipynb #d16b5d23
 class FrozenLayers:
     "The output of the frozen lower layers for each row, and the model from there on."
-    def __init__(self, model, rows, pad_id:int, file, limit:int=8 * 2**30 # bytes
+    def __init__(self, model, rows:Tokens, file, limit:int=8 * 2**30 # bytes
                 ):
         import numpy as np
         self.low, family = lowest_trained(model), get_family(model.config)
@@ -200,29 +200,27 @@ class FrozenLayers:
             raise BadInput(f"cache_frozen needs one of {families_where(lambda f: f.cacheable)} whose lower layers stay "
                            "frozen, as with full and top_k, or head")
         self.stack = model.get_submodule(family.encoder)
-        lengths = [len(x) for x in rows["input_ids"]]
-        self.starts = np.cumsum([0, *lengths])
+        self.starts = np.cumsum([0, *rows.lengths])
         shape = (int(self.starts[-1]), model.config.hidden_size)
         size = 2 * shape[0] * shape[1]
         if size > limit:
             raise BadInput(f"cache_frozen would write {size / 2**30:.0f} GiB, more than {limit / 2**30:.0f}")
         self.file = Path(file)
         self.kept = np.memmap(self.file, np.uint16, "w+", shape=shape)    # bf16, which numpy does not know
-        self._fill(model, rows, lengths, pad_id)
+        self._fill(model, rows)
 
-    def _fill(self, model, rows, lengths, pad_id):
+    def _fill(self, model, rows):
         import torch
-        device, was_training = next(model.parameters()).device, model.training
+        was_training = model.training
         model.eval()
         seen = {}
         handle = self.stack.register_forward_hook(lambda module, args, out: seen.update(hidden=out[0]))
         with torch.inference_mode(), _layers(self.stack, slice(0, self.low)):
-            for index in eval_batches(lengths, 64):
-                columns = {k: v for k, v in rows[index].items() if k != "label"}
-                model(**{k: v.to(device) for k, v in collate(columns, pad_id).items()})
+            for index in eval_batches(rows.lengths, 64):
+                model(**{k: v for k, v in rows.batch(index).items() if k != "labels"})
                 self.dtype = seen["hidden"].dtype
                 for i, hidden in zip(index, seen["hidden"].to(torch.bfloat16).cpu()):
-                    self.kept[self.starts[i]:self.starts[i + 1]] = hidden[:lengths[i]].view(torch.uint16).numpy()
+                    self.kept[self.starts[i]:self.starts[i + 1]] = hidden[:rows.lengths[i]].view(torch.uint16).numpy()
         handle.remove()
         model.train(was_training)
 

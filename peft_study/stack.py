@@ -11,14 +11,13 @@ import json, math, time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from .resume import drop_state
 from .config import RunConfig
-from .data import collate, eval_batches, load_tokenizer, train_batches
-from .glue import get_task
+from .data import Tokens, eval_batches, train_batches
 from .methods.core import trainable
 from .model import build_model, check_run
 from .predict import check_finite
-from .runs import lock_folder, is_done, run_folder, start_run, write_error
+from .resume import drop_state
+from .runs import is_done, lock_folder, run_folder, start_run, write_error
 from .speed import speed_up
 from .train import (TrainState, begin, evaluate_epoch, example_losses, free_memory, is_out_of_memory,
                               load_data, local_batch, new_accelerator, predict_kept, record, seed_dropout,
@@ -128,12 +127,12 @@ def survivors(members:list[Member], act, *columns # of further arguments, one a 
         else: left.append(member)
     return left
 
-def train_stack_epoch(members:list[Member], rows, lengths:list[int], pad_id:int,
+def train_stack_epoch(members:list[Member], rows:Tokens,
                       now_and_then   # is called with the members after each line of the log
                      ) -> list[Member]: # those that are left
     "Train to the end of the epoch, or of the runs."
     config, first = members[0].config, members[0].state
-    device, steps, regression = members[0].accelerator.device, first.log.steps, get_task(config.task_name).regression
+    steps, lengths = first.log.steps, rows.lengths
     batches = train_batches(lengths, config.batch_size, config.seed, first.at["epoch"])
     begun, every = first.at["epoch"] * len(batches), max(1, steps // 200)
     for member in members: member.state.raw.train()
@@ -141,7 +140,7 @@ def train_stack_epoch(members:list[Member], rows, lengths:list[int], pad_id:int,
     for step in range(first.at["step"] + 1, min(begun + len(batches), steps) + 1):
         index = batches[step - 1 - begun]
         seed_dropout(config.seed, step - 1, 0)
-        batch = {k: v.to(device) for k, v in local_batch(rows, index, pad_id, regression).items()}
+        batch = local_batch(rows, index)
         rates = [m.state.scheduler.get_last_lr()[0] for m in members]
         outcomes = stack_step(members, batch, first.at["micro_batches"])
         real = [lengths[i] for i in index]
@@ -162,42 +161,39 @@ def train_stack_epoch(members:list[Member], rows, lengths:list[int], pad_id:int,
     return members
 
 # %% ../nbs/13_stack.ipynb #dc371f2c
-def stack_predictions(members:list[Member], rows, pad_id:int, batch_size:int=64): # numpy (R, examples, outputs)
+def stack_predictions(members:list[Member], rows:Tokens, batch_size:int=64): # numpy (R, examples, outputs)
     "The outputs of all runs, in fp32, in the order of `rows`."
     import torch
-    models, device = [m.state.raw for m in members], members[0].accelerator.device
+    models = [m.state.raw for m in members]
     out = torch.zeros(len(models), len(rows), models[0].config.num_labels)
     for model in models: model.eval()
     with torch.no_grad():
-        for index in eval_batches([len(x) for x in rows["input_ids"]], batch_size):
-            columns = {k: v for k, v in rows[index].items() if k != "label"}
-            batch = {k: v.to(device) for k, v in collate(columns, pad_id).items()}
+        for index in eval_batches(rows.lengths, batch_size):
+            batch = {k: v for k, v in rows.batch(index).items() if k != "labels"}
             out[:, index] = stack_logits(models, batch).float().cpu()
     return out.numpy()
 
-def evaluate_stack(members:list[Member], data:dict, pad_id:int) -> list[Member]: # those that are left
+def evaluate_stack(members:list[Member], data:dict[str, Tokens]) -> list[Member]: # those that are left
     "Score dev and the tuning split for each run."
     labelled = [s for s in ("tune", "dev") if s in data]
-    found = {s: stack_predictions(members, data[s], pad_id) for s in labelled}
+    found = {s: stack_predictions(members, data[s]) for s in labelled}
     def evaluate(m, i):
         logits = {split: of_runs[i] for split, of_runs in found.items()}
         for outputs in logits.values(): check_finite(outputs)
-        evaluate_epoch(m.config, m.state, data, pad_id, m.accelerator, logits)
+        evaluate_epoch(m.config, m.state, data, m.accelerator, logits)
     return survivors(members, evaluate, range(len(members)))
 
 # %% ../nbs/13_stack.ipynb #633bf50a
 def fit_stack(members:list[Member], saved:list, show, micro_batches:int=1, minutes:float=10):
     "Train, predict and record the runs of one stack, all of which begin at the same step."
     first = members[0].config
-    tokenizer = load_tokenizer(first.checkpoint)
-    data, pad_id = load_data(first, tokenizer), tokenizer.pad_token_id
-    lengths = [len(x) for x in data["train"]["input_ids"]]
     device = members[0].accelerator.device
+    data = load_data(first, device)
     models = [speed_up(build_model(m.config).to(device), first.precision, device) for m in members]
     share_frozen(models)
     for member, model, checkpoint in zip(members, models, saved):
         member.accelerator.prepare(model)   # which puts autocast around its forward
-        begun = member.config, member.folder, model, len(lengths), member.accelerator
+        begun = member.config, member.folder, model, len(data["train"]), member.accelerator
         member.state = start_state(*begun, show, micro_batches, checkpoint)
     size, last_saved = len(members), time.monotonic()
     def save(members):
@@ -207,11 +203,11 @@ def fit_stack(members:list[Member], saved:list, show, micro_batches:int=1, minut
     def now_and_then(members):
         if time.monotonic() - last_saved > 60 * minutes: save(members)
     while members and members[0].state.at["step"] < members[0].state.log.steps:
-        members = train_stack_epoch(members, data["train"], lengths, pad_id, now_and_then)
-        if members: members = evaluate_stack(members, data, pad_id)
+        members = train_stack_epoch(members, data["train"], now_and_then)
+        if members: members = evaluate_stack(members, data)
         save(members)
     def finish(m):
-        logits = predict_kept(m.config, m.state, data, pad_id, m.accelerator)
+        logits = predict_kept(m.config, m.state, data, m.accelerator)
         record(m.config, m.folder, data, logits, m.state, m.accelerator, stacked=size)
         drop_state(m.folder)
     survivors(members, finish)

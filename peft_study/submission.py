@@ -46,7 +46,7 @@ def answers(task, split:str, run, folder) -> list[str]:
     lines = read_text(saved).splitlines() if saved.is_file() else []
     if len(lines) == n + 1: return lines
     rows, logits = predict_split(folder, split)
-    return ["index\tprediction", *(f"{i}\t{to_word(task, p)}" for i, p in zip(rows["index"], decide(task, logits)))]
+    return ["index\tprediction", *(f"{i}\t{to_word(task, p)}" for i, p in zip(rows.index, decide(task, logits)))]
 
 # %% ../nbs/19_submission.ipynb #a4752e50
 def constant_prediction(task, data:str) -> str:

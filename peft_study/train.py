@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['seed_dropout', 'example_losses', 'own_share', 'local_batch', 'backward', 'train_step', 'make_optimizer',
            'training_examples', 'load_data', 'progress', 'status_line', 'Log', 'TrainState', 'evaluate_split',
-           'evaluate_epoch', 'prefetch', 'batches_on_device', 'padded_tokens', 'train_epoch', 'start_state', 'fit',
-           'predict_kept', 'peak_memory', 'begin', 'evaluations', 'costs', 'record', 'new_accelerator', 'run',
-           'own_environment', 'without_leftovers', 'check_processes', 'launch', 'is_out_of_memory', 'others_memory',
-           'free_memory', 'with_less_memory', 'train', 'short_run']
+           'evaluate_epoch', 'padded_tokens', 'train_epoch', 'start_state', 'fit', 'predict_kept', 'peak_memory',
+           'begin', 'evaluations', 'costs', 'record', 'new_accelerator', 'run', 'own_environment', 'without_leftovers',
+           'check_processes', 'launch', 'is_out_of_memory', 'others_memory', 'free_memory', 'with_less_memory', 'train',
+           'short_run']
 
 # %% ../nbs/11_train.ipynb #a5c75d93
 import math, os, random, re, sys, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from .config import RunConfig, own_optimizer
-from .data import bad_rows, collate, has_split, hold_back, load_tokenizer, read_split, tokenise, train_batches
+from .data import Tokens, bad_rows, has_split, hold_back, load_tokenizer, read_split, tokenise, train_batches
 from .files import read_text
 from .glue import BadInput, get_task, score, splits
 from .methods.core import count, save_adapter, trainable
@@ -47,13 +47,13 @@ def own_share(index:list[int], # of a global batch
     "The examples of one process; a process that would have none takes the first, with weight zero."
     return index[rank::world] or index[:1]
 
-def local_batch(rows, index:list[int], pad_id:int, regression:bool, rank:int=0, world:int=1):
+def local_batch(rows:Tokens, index:list[int], rank:int=0, world:int=1):
     "This process's share of a global batch, with the weight of each example in the loss."
     import torch
     mine = own_share(index, rank, world)
-    batch = collate(rows[mine], pad_id, regression)
+    batch = rows.batch(mine)
     weight = 1 / len(index) if rank < len(index) else 0.
-    return batch | dict(weights=torch.full((len(mine),), weight))
+    return batch | dict(weights=torch.full((len(mine),), weight, device=batch["labels"].device))
 
 # %% ../nbs/11_train.ipynb #dc0627c9
 def backward(model, batch, accelerator):
@@ -102,7 +102,7 @@ def training_examples(config:RunConfig) -> tuple[list, list]: # to train on, to 
     return hold_back(task, examples, config.tune_share)
 
 # %% ../nbs/11_train.ipynb #7dc1c2fe
-def load_data(config:RunConfig, tokenizer) -> dict: # split → tokenised rows
+def load_data(config:RunConfig, device="cpu") -> dict[str, Tokens]: # split → examples
     "`train`, `tune` where there is one, `dev`, and whatever else of the task there is to predict."
     task = get_task(config.task_name)
     train, tune = training_examples(config)
@@ -112,7 +112,10 @@ def load_data(config:RunConfig, tokenizer) -> dict: # split → tokenised rows
         if split == "dev" or has_split(task, split, config.data):
             examples[split] = read_split(task, split, config.data)[:config.max_eval_examples]
         else: print(f"{config.data} has no {splits(task)[split].file}: no predictions for {split}")
-    return {split: tokenise(rows, tokenizer, config.max_length) for split, rows in examples.items() if rows}
+    tokenizer = load_tokenizer(config.checkpoint)
+    pad_id = tokenizer.pad_token_id
+    def tokens(of_split): return Tokens(tokenise(of_split, tokenizer, config.max_length), pad_id, device)
+    return {split: tokens(of_split) for split, of_split in examples.items() if of_split}
 
 # %% ../nbs/11_train.ipynb #2c95decc
 def progress(metrics:list[dict]) -> str:
@@ -205,25 +208,25 @@ class TrainState:
         for k, v in saved["log"].items(): setattr(self.log, k, v)
 
 # %% ../nbs/11_train.ipynb #1f32e01c
-def evaluate_split(config:RunConfig, state:TrainState, rows, pad_id:int, accelerator,
+def evaluate_split(config:RunConfig, state:TrainState, rows:Tokens, accelerator,
                    logits=None # where they are known
                   ) -> dict: # scores, logits
     "Score the model's logits on labelled rows."
     import torch
     task = get_task(config.task_name)
     if logits is None:   # not through DDP, whose forward waits for every process
-        logits = logits_of(state.raw, rows, pad_id, accelerator)
-    scores = score(task, decide(task, logits), rows["label"])
+        logits = logits_of(state.raw, rows, accelerator)
+    scores = score(task, decide(task, logits), rows.labels)
     return dict(scores=scores | dict(epoch=state.at["epoch"]), logits=torch.from_numpy(logits))
 
-def evaluate_epoch(config:RunConfig, state:TrainState, data, pad_id:int, accelerator,
+def evaluate_epoch(config:RunConfig, state:TrainState, data, accelerator,
                    logits:dict={} # split → logits, where they are known
                   ):
     "Score dev and the tuning split, log it, and remember the epoch if it is the best."
     at, found, line = state.at, {}, {}
     for split in ("tune", "dev"):
         if split not in data: continue
-        found[split] = evaluate_split(config, state, data[split], pad_id, accelerator, logits.get(split))
+        found[split] = evaluate_split(config, state, data[split], accelerator, logits.get(split))
         line |= {f"{split}_{k}": v for k, v in found[split]["scores"].items() if k != "epoch"}
     state.log.write(dict(step=at["step"]) | line | dict(epoch=at["epoch"]))
     def score_of(evaluation, split): return evaluation[split]["scores"]["score"]
@@ -234,29 +237,7 @@ def evaluate_epoch(config:RunConfig, state:TrainState, data, pad_id:int, acceler
         at["best"] = found
         if config.keep == "best": at["kept"] = {n: p.detach().clone() for n, p in trainable(state.raw).items()}
 
-# %% ../nbs/11_train.ipynb #a73620ba
-def prefetch(make, items, n:int=2):
-    "`make` of each item, in order, made in a thread up to `n` before they are asked for."
-    from collections import deque
-    from concurrent.futures import ThreadPoolExecutor
-    waiting = deque()
-    with ThreadPoolExecutor(1) as thread:
-        for item in items:
-            waiting.append(thread.submit(make, item))
-            if len(waiting) > n: yield waiting.popleft().result()
-        while waiting: yield waiting.popleft().result()
-
 # %% ../nbs/11_train.ipynb #b085e829
-def batches_on_device(rows, indices:list[list[int]], # of global batches
-                      pad_id:int, regression:bool, accelerator):
-    "This process's shares of the batches, on its device."
-    on_gpu = accelerator.device.type == "cuda"
-    def make(index):
-        batch = local_batch(rows, index, pad_id, regression, accelerator.process_index, accelerator.num_processes)
-        return {k: v.pin_memory() for k, v in batch.items()} if on_gpu else batch
-    for batch in prefetch(make, indices) if on_gpu else map(make, indices):
-        yield {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
-
 def padded_tokens(lengths:list[int], # of a global batch
                   world:int) -> int:
     "How many tokens go through the model, where each process pads its share to the longest in it."
@@ -264,11 +245,11 @@ def padded_tokens(lengths:list[int], # of a global batch
     return sum(max(share) * len(share) for share in shares if share)
 
 # %% ../nbs/11_train.ipynb #b76575b1
-def train_epoch(config:RunConfig, state:TrainState, model, rows, lengths, pad_id:int, steps:int, accelerator,
+def train_epoch(config:RunConfig, state:TrainState, model, rows:Tokens, steps:int, accelerator,
                 between=lambda: None,           # called after each line of the log
                 frozen:FrozenLayers|None=None): # with `cache_frozen`
     "Train to the end of the epoch, or of the run."
-    log, at, regression = state.log, state.at, get_task(config.task_name).regression
+    log, at, lengths = state.log, state.at, rows.lengths
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = train_batches(lengths, config.batch_size, config.seed, at["epoch"])
     begun = at["epoch"] * len(batches)   # the step at which this epoch began
@@ -276,7 +257,8 @@ def train_epoch(config:RunConfig, state:TrainState, model, rows, lengths, pad_id
     every = max(1, steps // 200)         # steps from line to line of the log
     model.train()
     started = time.perf_counter()
-    for index, batch in zip(todo, batches_on_device(rows, todo, pad_id, regression, accelerator)):
+    for index in todo:
+        batch = local_batch(rows, index, rank, world)
         seed_dropout(config.seed, at["step"], rank)
         lr = state.scheduler.get_last_lr()[0]
         cached = nullcontext()
@@ -312,30 +294,28 @@ def start_state(config:RunConfig, folder:Path, raw, n_examples:int, accelerator,
 # %% ../nbs/11_train.ipynb #ac68009a
 def fit(config:RunConfig, folder:Path, accelerator, show, micro_batches:int=1, minutes:float=10, saved=None):
     "Train the run of `folder`, or go on from `saved`; the data, and the state at the end."
-    tokenizer = load_tokenizer(config.checkpoint)
-    data, pad_id = load_data(config, tokenizer), tokenizer.pad_token_id
+    data = load_data(config, accelerator.device)
     raw = speed_up(build_model(config).to(accelerator.device), config.precision, accelerator.device)
     model = accelerator.prepare(raw)
-    lengths = [len(x) for x in data["train"]["input_ids"]]
-    state = start_state(config, folder, raw, len(lengths), accelerator, show, micro_batches, saved)
+    state = start_state(config, folder, raw, len(data["train"]), accelerator, show, micro_batches, saved)
     steps = state.log.steps
     started, frozen = time.perf_counter(), None
     if config.cache_frozen:
-        frozen = FrozenLayers(raw, data["train"], pad_id, folder/f".frozen{accelerator.process_index}.tmp")
+        frozen = FrozenLayers(raw, data["train"], folder/f".frozen{accelerator.process_index}.tmp")
     state.log.seconds += time.perf_counter() - started
     def save():
         if accelerator.is_main_process: state.save(folder)
     def save_now_and_then():
         if time.monotonic() - state.saved > 60 * minutes: save()
     while state.at["step"] < steps:
-        train_epoch(config, state, model, data["train"], lengths, pad_id, steps, accelerator, save_now_and_then, frozen)
-        evaluate_epoch(config, state, data, pad_id, accelerator)
+        train_epoch(config, state, model, data["train"], steps, accelerator, save_now_and_then, frozen)
+        evaluate_epoch(config, state, data, accelerator)
         save()
     if frozen: frozen.close()
-    return data, pad_id, state
+    return data, state
 
 # %% ../nbs/11_train.ipynb #28850cd4
-def predict_kept(config:RunConfig, state:TrainState, data, pad_id:int, accelerator) -> dict: # split → logits
+def predict_kept(config:RunConfig, state:TrainState, data, accelerator) -> dict: # split → logits
     "Put the weights to keep into the model; its logits on all splits but train."
     import torch
     raw = state.raw
@@ -343,7 +323,7 @@ def predict_kept(config:RunConfig, state:TrainState, data, pad_id:int, accelerat
         for n, p in state.at["kept"].items(): trainable(raw)[n].copy_(p)
     known = {s: found["logits"].numpy() for s, found in state.at[config.keep].items()}
     others = [s for s in data if s != "train" and s not in known]
-    return known | {s: logits_of(raw, data[s], pad_id, accelerator) for s in others}
+    return known | {s: logits_of(raw, data[s], accelerator) for s in others}
 
 # %% ../nbs/11_train.ipynb #87295c42
 def peak_memory(device) -> int:
@@ -410,7 +390,7 @@ def record(config:RunConfig, folder:Path, data, logits, state:TrainState, accele
                   steps=at["step"], cost=costs(state, accelerator.device, adapter_bytes),
                   provenance=origin | dict(resumed=at["resumed"]) | engine)
     others = [s for s in logits if s not in scores and splits(task)[s].labelled]   # dev_mismatched
-    for split in others: result[split] = score(task, decide(task, logits[split]), data[split]["label"])
+    for split in others: result[split] = score(task, decide(task, logits[split]), data[split].labels)
     write_json(folder/"result.json", result)
 
 # %% ../nbs/11_train.ipynb #f57cf025
@@ -429,8 +409,8 @@ def run(config:RunConfig, folder:Path, show, micro_batches:int=1, minutes:float=
     accelerator = new_accelerator(config, folder)
     if accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
     saved = begin(config, folder, accelerator)
-    data, pad_id, state = fit(config, folder, accelerator, show, micro_batches, minutes, saved)
-    logits = predict_kept(config, state, data, pad_id, accelerator)
+    data, state = fit(config, folder, accelerator, show, micro_batches, minutes, saved)
+    logits = predict_kept(config, state, data, accelerator)
     if accelerator.is_main_process:
         record(config, folder, data, logits, state, accelerator)
         drop_state(folder)

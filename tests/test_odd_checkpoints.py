@@ -3,7 +3,7 @@ import json, os, shutil
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from peft_study.config import RunConfig
-from peft_study.data import Example, collate, load_tokenizer, tokenise, tokenizer_fingerprint
+from peft_study.data import Example, Tokens, load_tokenizer, tokenise, tokenizer_fingerprint
 from peft_study.glue import BadInput
 from peft_study.model import build_model
 from peft_study.predict import load_run
@@ -102,7 +102,7 @@ def test_adapter_of_peft_beside_the_weights(odd):
 def test_padding_is_never_attended_to(odd, names):
     change(odd/"tokenizer_config.json", model_input_names=names)
     tokenizer, rows = load_tokenizer(str(odd)), [Example(0, "a very fine film", None, 0), Example(1, "dull", None, 1)]
-    batch = collate(tokenise(rows, tokenizer)[:], tokenizer.pad_token_id)
+    batch = Tokens(tokenise(rows, tokenizer), tokenizer.pad_token_id).batch([0, 1])
     assert batch["attention_mask"].tolist()[1] == [1, 1, 1, 0, 0, 0]
 
 

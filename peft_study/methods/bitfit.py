@@ -23,5 +23,5 @@ class BitFit(Method):
     def n_parameters(self, s:Sizes) -> int: return s.biases
 
     def check(self, config):
-        if not get_sizes(config).B:
+        if not get_sizes(config).biases:
             raise BadInput(f"method 'bitfit' does not work with {config.model_type}, which has no biases")
