@@ -16,10 +16,11 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/peft-study demo
 
-# notebooks first: each is prose, code and the tests of that code
+# notebooks first: each is prose, code and the tests of that code; two processes with one thread each
+test: export OMP_NUM_THREADS = 1
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 STUDY ?= demo
 report: setup

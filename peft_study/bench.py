@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'SIDES', 'OPTIMISATIONS', 'GROUPS', 'peer_model', 'peer_ba
            'peer_logits', 'peer_loss', 'train_trainer', 'measured', 'train_ours', 'flops_per_token', 'product_flops',
            'matrix_flops', 'no_change', 'measure_side', 'tasks_of', 'bench', 'format_row', 'ratios',
            'optimisation_table', 'summary', 'read_bench', 'write_bench', 'plot', 'save_plot', 'shuffled_batches',
-           'slow_adamw', 'where_time_goes', 'inference']
+           'slow_adamw', 'stepper', 'where_time_goes', 'inference']
 
 # %% ../nbs/27_bench.ipynb #c37ff9d7
 import json, random, subprocess, sys, time
@@ -388,14 +388,14 @@ GROUPS = {
                            "bernoulli_", "sum", "tanh", "tanh_backward"),
     "AdamW and clipping": ("_fused_adamw_", "_foreach_norm", "linalg_vector_norm", "_foreach_mul_")}
 
-def _stepper(config:RunConfig):
+def stepper(config:RunConfig, cpu:bool=False):
     "A function that takes one training step on a batch of example numbers, and the batches of the first epoch."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()   # another run of this process may have had another precision
-    rows = load_data(config)["train"]
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=True)
-    model = speed_up(build_model(config), config.precision, accelerator.device)
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=cpu)
+    rows = load_data(config, accelerator.device)["train"]
+    model = speed_up(build_model(config).to(accelerator.device), config.precision, accelerator.device)
     model = accelerator.prepare(model).train()
     optimizer, schedule = make_optimizer(model, config, 100)
     def step(index):
@@ -405,7 +405,7 @@ def _stepper(config:RunConfig):
 def where_time_goes(config:RunConfig, steps:int=8) -> dict[str, float]:
     "Group of operations → share of the time of `steps` training steps on a processor."
     from torch.profiler import ProfilerActivity, profile
-    step, batches = _stepper(config)
+    step, batches = stepper(config, cpu=True)
     for index in batches[:steps]: step(index)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         start = time.perf_counter()

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Outputs', 'Minutes', 'Push', 'RunFolder', 'FinishedStudy', 'study_command', 'Failed', 'main', 'config_flags',
            'check', 'run', 'list_', 'evaluate', 'export', 'run_and_summarise', 'study_', 'demo', 'write_report',
-           'report_', 'trace', 'predict', 'score', 'write_page', 'publish', 'bench_', 'methods', 'doctor']
+           'report_', 'trace', 'predict', 'score', 'write_page', 'publish', 'measure_on_gpu', 'bench_', 'methods',
+           'doctor']
 
 # %% ../nbs/26_cli.ipynb #c1000003
 import inspect, os, sys
@@ -383,6 +384,14 @@ def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
     print(f"{os.path.relpath(folder)}: {len(list(folder.glob('runs/*')))} runs, {megabytes:.1f} MB")
     if push: print(upload(folder, push, "dataset"))
 
+# %% ../nbs/26_cli.ipynb #94036027
+def measure_on_gpu(output) -> Path: # the page
+    "All that `gpu` measures; `BadInput` where torch can use no GPU."
+    from peft_study.gpu import measure_gpu
+    from peft_study.sweep import devices, gpu_trouble
+    if devices() == ["cpu"]: raise BadInput(gpu_trouble() or "bench --gpu finds no GPU that torch can use")
+    return measure_gpu(output)
+
 # %% ../nbs/26_cli.ipynb #c1000035
 @app.command("bench")
 def bench_(tasks:Annotated[Optional[str], typer.Option(
@@ -396,9 +405,14 @@ def bench_(tasks:Annotated[Optional[str], typer.Option(
            eval_examples:Annotated[int, typer.Option(min=1, help="of the dev set to score")]=200,
            epochs:Annotated[int, typer.Option(min=1)]=2,
            rounds:Annotated[int, typer.Option(min=1, help="of each side in turn, each with its seed")]=2,
+           gpu:Annotated[bool, typer.Option("--gpu", help="what a GPU does, instead: gpu.json and gpu.md, in some ten "
+                                                          "minutes")]=False,
            output:Annotated[Path, typer.Option(help="for bench.json and bench.png; rows that are there, of the same "
                                                     "settings, are not measured again")]=Path("outputs/bench")):
     "Speed, memory and dev scores beside 🤗 transformers and 🤗 peft in a plain loop, or 🤗 Trainer."
+    if gpu:
+        print(measure_on_gpu(output))
+        return
     from peft_study.bench import OPTIMISATIONS, bench, format_row, read_bench, save_plot, summary, tasks_of, write_bench
     from peft_study.train import status_line
     common = dict(data=data, checkpoint=checkpoint, max_train_examples=examples, max_eval_examples=eval_examples,

@@ -74,7 +74,7 @@ def test_kernels_die_with_their_sweep(study):
     assert len(processes) >= 4   # the sweep, the fork server, the run, its kernel
     child.kill()
     child.communicate()
-    gone, alive = psutil.wait_procs(processes, timeout=5)
+    gone, alive = psutil.wait_procs(processes, timeout=30)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -86,9 +86,9 @@ def test_interrupted(study):
         assert child.poll() is None
     processes = descendants(child.pid)
     os.killpg(child.pid, signal.SIGINT)
-    out, _ = child.communicate(timeout=20)
+    out, _ = child.communicate(timeout=60)
     assert child.returncode == 130 and out.strip().splitlines()[-1].startswith("peft-study: interrupted"), out
-    gone, alive = psutil.wait_procs(processes, timeout=5)
+    gone, alive = psutil.wait_procs(processes, timeout=30)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     assert "done" in (study.folder/"interrupted/eight/results.csv").read_text()
 
