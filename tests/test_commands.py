@@ -226,3 +226,8 @@ def test_bench(command, tmp_path):
     for more, says in refused:
         code, out, err = bench(**more)
         assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_bench_of_a_gpu_needs_one(command):
+    code, out, err = command("bench", "--gpu", takes_outputs=False, env=os.environ | dict(CUDA_VISIBLE_DEVICES=""))
+    assert code == 2 and err.strip() == "peft-study: bench --gpu finds no GPU that torch can use", err
