@@ -168,7 +168,7 @@ def run(ctx:typer.Context, settings, outputs:Outputs=Path("outputs"),
 def list_(study:Annotated[Optional[str], typer.Argument(help="only this study")]=None, outputs:Outputs=Path("outputs")):
     "The runs there are, and how far they are."
     from peft_study.results import studies
-    from peft_study.runs import read_result, run_folders, status
+    from peft_study.runs import read_config, read_result, run_folders, status
     known = studies(outputs)
     if study and study not in known:
         raise BadInput(f"no study {study!r} in {str(outputs)!r}: there are {', '.join(known) or 'none'}")
@@ -177,6 +177,9 @@ def list_(study:Annotated[Optional[str], typer.Argument(help="only this study")]
             result = read_result(folder)
             score = f"{result['score']:.4f}" if result else ""
             print(f"{name:10} {status(folder):10} {score:8} {folder.name}")
+            if result: continue
+            try: read_config(folder)
+            except BadInput as e: print(f"{'':30} {e}")
     if not known: print(f"no runs in {outputs}")
 
 # %% ../nbs/26_cli.ipynb #c100001a
@@ -440,7 +443,7 @@ def _describe(name:str) -> str:
             f"default lr  {method.default_lr:g}",
             f"start       {start} the encoder; merges into it: {'yes' if method.mergeable else 'no'}",
             f"source      {method.source}"]
-    return f"{name:10}" + ("\n" + " " * 10).join(rows) + "\n"
+    return f"{name:9} " + ("\n" + " " * 10).join(rows) + "\n"
 
 @app.command()
 def methods(names:Annotated[Optional[list[str]], typer.Argument(

@@ -16,7 +16,7 @@ from typing import Literal
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from .data import data_fingerprint, file_hash
-from .files import import_object, read_ini, reason, settings_file
+from .files import import_object, own_source, read_ini, reason, settings_file
 from .glue import BadInput, TASKS, get_task
 from .methods.core import Method, find_method, one_line
 
@@ -150,8 +150,17 @@ def checkpoint_fingerprint(checkpoint:str) -> str:
 
 # %% ../nbs/05_config.ipynb #d7db9c3b
 @patch
+def own_code(self:RunConfig) -> dict[str, str]:
+    "Fingerprints of the files of the user's own that the method, the optimiser and the task's metrics come from."
+    metrics = {metric: metric for metric in get_task(self.task_name).metrics}
+    names = dict(method=self.method.name, optimizer=self.optimizer) | metrics
+    own = {what: name for what, name in names.items() if ":" in name}
+    for what, name in own.items(): import_object(what, name)
+    return {what: file_hash(file)[:16] for what, name in own.items() if (file := own_source(name))}
+
+@patch
 def identity(self:RunConfig) -> dict:
-    "The settings that a run without them would not equal, and fingerprints for folders."
+    "The settings that a run without them would not equal, and fingerprints for folders and for code of one's own."
     flat = self.flat()
     required = {k for k, f in (RunConfig.model_fields | type(self.method).model_fields).items() if f.is_required()}
     def without(k): return RunConfig(**{name: v for name, v in flat.items() if name != k})
@@ -159,7 +168,7 @@ def identity(self:RunConfig) -> dict:
     task = get_task(self.task_name)
     if self.data != "hub" or not task.of_glue: needed["data"] = data_fingerprint(task, self.data)
     if (weights := checkpoint_fingerprint(self.checkpoint)) != self.checkpoint: needed["checkpoint"] = weights
-    return needed
+    return needed | {f"code of {what}": found for what, found in self.own_code().items()}
 
 @patch(as_prop=True)
 def run_id(self:RunConfig) -> str:

@@ -50,7 +50,8 @@ def _label(task, word, where):
             raise BadInput(f"{where}: score {word!r} is not {kind}")
         return value
     if word in task.words: return task.words.index(word)
-    raise BadInput(f"{where}: unknown label {word!r}, expected one of {', '.join(task.words)}")
+    hint = "" if task.of_glue else "; `words` of the task are those in its files"
+    raise BadInput(f"{where}: unknown label {word!r}, expected one of {', '.join(task.words)}{hint}")
 
 # %% ../nbs/03_data.ipynb #f1cb13ee
 # The whole field in quotation marks, each of its own doubled, and at least one of those: what pandas makes of a text

@@ -194,28 +194,40 @@ def tiny_config(kind:str="bert", # a key of `FAMILIES`
 # %% ../nbs/04_encoders.ipynb #76cc2a92
 def check_family(kind:str # a key of `FAMILIES`
                 ) -> dict:
-    "Compare every path, shape and size of a family with a tiny model of it; an error names the first that differs."
+    "Compare what a family's entry says with a tiny model of it; an error names the first that differs."
     import torch
-    from fastcore.test import test_eq
     from transformers import AutoModelForSequenceClassification
     config = tiny_config(kind)
     s, sites, family = get_sizes(config), Sites(config), get_family(config)
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    def refuse(text): raise AssertionError(f"family {kind!r}: {text}")
+    def module(what, path):
+        try: return model.get_submodule(path)
+        except AttributeError: refuse(f"{what}, {path!r}, is no module of the model")
+    def same(what, found, said):
+        if found != said: refuse(f"{what}: {found} in the model, {said} by its entry")
+    def count(what, *paths): return sum(p.numel() for path in paths for p in module(what, path).parameters())
+    module("encoder", family.encoder)
     square = dict.fromkeys(("query", "key", "value", "attention_out"), (s.H, s.H))
     shapes = square | dict(ffn_in=(s.I, s.H), ffn_out=(s.H, s.F))
     for role in sites.fused: shapes[role] = (len(sites.fused) * s.H, s.H)
+    if missing := [role for role in (*ROLES, "attention_end", "ffn_end", "attention") if role not in sites]:
+        refuse(f"it has no role {missing[0]!r}")
     for role, paths in sites.items():
-        modules = [model.get_submodule(p) for p in paths]
-        if role in shapes: test_eq({tuple(m.weight.shape) for m in modules}, {shapes[role]})
-    def count(*paths): return sum(p.numel() for path in paths for p in model.get_submodule(path).parameters())
+        modules = [module(f"role {role!r}", path) for path in paths]
+        if role in shapes: same(f"weight of {role}", {tuple(m.weight.shape) for m in modules}, {shapes[role]})
     pooler = [family.pooler] if family.pooler else []
-    test_eq(count(*family.head), head_parameters(config))
-    test_eq(count(*pooler), pooler_parameters(config))
+    same("parameters of the head", count("head", *family.head), head_parameters(config))
+    same("parameters of the pooler", count("pooler", *pooler), pooler_parameters(config))
     norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm) and not n.startswith("head")]
-    test_eq(count(*norms), s.layer_norms)
-    test_eq(tuple(count(layer) for layer in sites.layers), s.layer_parameters)
+    same("parameters of LayerNorms", count("LayerNorm", *norms), s.layer_norms)
+    same("parameters of layers", tuple(count("layer", layer) for layer in sites.layers), s.layer_parameters)
     of_head = (*family.head, *pooler)
     biases = [p for n, p in model.named_parameters() if n.endswith("bias") and not n.startswith(of_head)]
-    test_eq(sum(p.numel() for p in biases), s.biases)
+    same("biases", sum(p.numel() for p in biases), s.biases)
+    padding = family.padding(config)
+    room = config.max_position_embeddings - (0 if padding is None else padding + 1)
+    try: model(input_ids=torch.full((1, room), 5))
+    except (IndexError, RuntimeError): refuse(f"{room} tokens have no room: `padding` may be missing")
     head, pooler = head_parameters(config), pooler_parameters(config)
     return dict(family=kind, layers=s.L, head=head, pooler=pooler, LayerNorms=s.layer_norms)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'read_text', 'is_lfs_pointer', 'parse_json', 'read_json', 'shortened', 'reason', 'is_repository',
-           'repository', 'root', 'default_outputs', 'settings_file', 'read_ini', 'import_object']
+           'repository', 'root', 'default_outputs', 'settings_file', 'read_ini', 'import_object', 'own_source']
 
 # %% ../nbs/00_files.ipynb #7d73b320
-import json, os, re, sys
+import json, os, re, sys, sysconfig
 from configparser import ConfigParser, Error as IniError
 from importlib import import_module
 from pathlib import Path
@@ -106,3 +106,10 @@ def import_object(what:str, # for the message: task, optimizer
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
     try: return getattr(import_module(module), attribute)
     except (Exception, SystemExit) as e: raise BadInput(f"{what} {name!r}: {type(e).__name__}: {e}") from None
+
+def own_source(name:str # package.module:name, which has been imported
+              ) -> Path|None:
+    "The file of a module of the user's own; None for one of an installed library, whose version stands for it."
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    if not file or Path(file).is_relative_to(sysconfig.get_paths()["purelib"]): return None
+    return Path(file)

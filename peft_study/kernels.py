@@ -102,6 +102,7 @@ def execute_notebook(source, to, parameters:dict, kernel=Kernel, cwd=None):
     import papermill
     logging.getLogger("papermill").setLevel(logging.ERROR)   # it warns of parameters that the first cell lacks
     def literally(path): return str(path).replace("{", "{{").replace("}", "}}")
+    here = f"import sys; sys.path.append({os.getcwd()!r})"   # modules of the caller's own, after all libraries
     return papermill.execute_notebook(
-        literally(source), literally(to), parameters, cwd=cwd, progress_bar=False,
-        kernel_name="python3", kernel_manager_class=kernel, extra_arguments=["--IPKernelApp.log_level=40"])
+        literally(source), literally(to), parameters, cwd=cwd, progress_bar=False, kernel_name="python3",
+        kernel_manager_class=kernel, extra_arguments=["--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={here}"])

@@ -492,8 +492,8 @@ def _former(paper:Paper) -> str:
     former = left[left.stage == "former"]
     if former.empty: return ""
     one = len(former) == 1
-    return (f"{plural(len(former), 'run')} {'repeats' if one else 'repeat'} a configuration that is no longer the "
-            f"chosen one, and {'is' if one else 'are'} left out: {listed(f'`{r}`' for r in former.run_id)}.")
+    return (f"{plural(len(former), 'run')} {'is' if one else 'are'} left out: the configuration is no longer the "
+            f"chosen one, or code of one's own has changed since ({listed(f'`{r}`' for r in former.run_id)}).")
 
 def _other_code(paper:Paper) -> str:
     n = int(paper.runs.other_code.sum())

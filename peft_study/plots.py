@@ -105,7 +105,7 @@ METRIC_NAMES = dict(matthews="Matthews", accuracy="accuracy", f1="F1", macro_f1=
                     spearman="Spearman")
 
 def shown_metrics(task:str, between:str="/") -> str:
-    return between.join(METRIC_NAMES.get(m, m) for m in get_task(task).metrics)
+    return between.join(METRIC_NAMES.get(m, m.rpartition(":")[2]) for m in get_task(task).metrics)
 
 def _score_axis(task:str) -> str:
     mean = "mean of " if len(get_task(task).metrics) > 1 else ""

@@ -68,9 +68,12 @@ def load_run(folder # of a finished run
     "The trained model of a run folder."
     config = read_config(folder)
     if not is_done(folder): raise BadInput(f"{str(folder)!r} is not finished: run it first")
-    trained_on = read_result(folder).get("provenance", {}).get("checkpoint_fingerprint")
+    origin = read_result(folder).get("provenance", {})
+    trained_on, own_code = origin.get("checkpoint_fingerprint"), origin.get("own_code", {})
     if Path(config.checkpoint).is_dir() and trained_on not in (None, checkpoint_fingerprint(config.checkpoint)):
         raise BadInput(f"checkpoint {config.checkpoint!r} has changed since {Path(folder).name} was trained on it")
+    if own_code.get("method") != config.own_code().get("method"):
+        raise BadInput(f"method {config.method.name!r}: its code has changed since {Path(folder).name} was trained")
     model = build_model(config)
     load_adapter(model, config.method, Path(folder)/"adapter")
     return model.eval(), config

@@ -314,7 +314,10 @@ def execute_report(study:str, outputs="outputs") -> Path: # the executed noteboo
         raise BadInput(f"no study {study!r} in {str(outputs)!r}: there are {', '.join(studies(outputs)) or 'none'}")
     table = load_runs(study, outputs)
     finished = done(table)
-    if finished.empty: raise BadInput(f"study {study!r} has no finished run to report")
+    if finished.empty:
+        errors = list(table.error.dropna()) if "error" in table else []
+        why = f" ({len(errors)} of {len(table)} runs have an error; the first: {errors[0]})" if errors else ""
+        raise BadInput(f"study {study!r} has no finished run to report{why}")
     if reported(table).empty:
         raise BadInput(f"study {study!r} has {len(finished)} finished runs of its grid, and none yet that repeats a "
                        "chosen configuration, which is what a report shows")

@@ -136,6 +136,7 @@ class _Provenance(BaseModel):
     finished: str = ""
     code: str = ""
     data_fingerprint: str = ""
+    own_code: dict[str, str] = {}
 
 class _Result(BaseModel):
     "What others rely on in a `result.json`; there is more in it."
@@ -334,4 +335,4 @@ def provenance(config:RunConfig, device:str="cpu", processes:int=1) -> dict:
                 commit=commit(), code=code_version(), python=platform.python_version(), versions=versions(device),
                 device=device_name(device), threads=torch.get_num_threads(), processes=processes,
                 data_fingerprint=data_fingerprint(get_task(config.task_name), config.data),
-                checkpoint_fingerprint=checkpoint_fingerprint(config.checkpoint))
+                checkpoint_fingerprint=checkpoint_fingerprint(config.checkpoint), own_code=config.own_code())

@@ -11,7 +11,7 @@ __all__ = ['RESAMPLES', 'summary', 'dev_interval', 'resampled_score', 'constant_
 import math
 from functools import cache
 import numpy as np
-from .glue import BadInput, METRICS, TASKS
+from .glue import BadInput, TASKS, get_metric
 
 # %% ../nbs/17_statistics.ipynb #26ec581d
 def summary(scores, level:float=.95) -> dict:
@@ -25,7 +25,7 @@ def summary(scores, level:float=.95) -> dict:
 def _resample(metric:str, columns, resamples:int, seed:int, level:float):
     from scipy.stats import bootstrap
     if len(columns[0]) < 200: raise BadInput(f"a bootstrap needs at least 200 examples, got {len(columns[0])}")
-    f = METRICS[metric].along
+    f = get_metric(metric).along
     def statistic(*c, axis=-1): return f(c[0], c[-1]) if len(c) == 2 else f(c[0], c[-1]) - f(c[1], c[-1])
     return bootstrap([np.asarray(c) for c in columns], statistic, paired=True, vectorized=True, n_resamples=resamples,
                      batch=500, confidence_level=level, method="percentile", rng=np.random.default_rng(seed))
@@ -48,7 +48,7 @@ def resampled_score(metrics, predictions, labels) -> np.ndarray: # (RESAMPLES,)
     p, y = np.asarray(predictions), np.asarray(labels)
     some = max(1, 10**7 // len(y))   # at a time, for memory
     parts = [_draws(len(y))[i:i + some] for i in range(0, RESAMPLES, some)]
-    return np.concatenate([np.mean([METRICS[m].along(p[draw], y[draw]) for m in metrics], axis=0) for draw in parts])
+    return np.concatenate([np.mean([get_metric(m).along(p[draw], y[draw]) for m in metrics], axis=0) for draw in parts])
 
 def constant_prediction(labels, regression:bool):
     "What is most often right on these labels: the most frequent one, or the mean."
@@ -113,7 +113,7 @@ def paired_bootstrap(metric:str, a, b, labels, resamples:int=1000, seed:int=0, l
     p = 2 * min(1 + (d <= 0).sum(), 1 + (d >= 0).sum()) / (len(d) + 1)
     a, b, y = map(np.asarray, (a, b, labels))
     low, high = found.confidence_interval
-    difference = METRICS[metric](a, y) - METRICS[metric](b, y)
+    difference = get_metric(metric)(a, y) - get_metric(metric)(b, y)
     return dict(difference=float(difference), low=float(low), high=float(high), p=float(min(1, p)))
 
 # %% ../nbs/17_statistics.ipynb #5fa2c88b

@@ -52,7 +52,8 @@ def _notes(table, cells) -> list[str]:
     if len(cells) and cells.tried.max() > 1:
         notes.append(f"each cell is the chosen one of up to {cells.tried.max()} configurations")
     if len(runs) and cells.empty: notes.append("no cell has been repeated with the final seeds yet")
-    if former: notes.append(f"{former} runs repeat a former choice and are left out: see stage in results.csv")
+    if former:
+        notes.append(f"{former} runs are of a former choice, or code, and are left out: see stage in results.csv")
     if other_code:
         of_all = f"{other_code} of {len(runs)} runs"
         notes.append(f"{of_all} are of another version of the code: see other_code in results.csv")

@@ -1,4 +1,4 @@
-"What a user brings: a task in settings.ini or a module, from `run` to the report, and an optimiser."
+"What a user brings: a task, a method, a metric, an optimiser, in settings.ini or a module, from `run` to the report."
 import csv, json
 import pytest
 
@@ -13,7 +13,7 @@ hub = super_glue,boolq
 columns = text
 label = stars
 labels = bad,fair,good
-metrics = accuracy,macro_f1
+metrics = accuracy,macro_f1,mine_too:RECALL
 data = reviews
 test_labelled = true
 
@@ -24,8 +24,28 @@ max_length = 32
 n_epochs = 1
 tune_share = 0.25
 [mine.lora]
-[mine.head]
+[mine.mine_too:Shift]
 """
+MODULE = """
+import torch
+from peft_study.glue import Metric
+from peft_study.methods.core import Method
+
+class Shift(Method):
+    "A shift of what each layer's feed-forward network adds."
+    start, trained, formula, default_lr = "exact", "a shift", "LH", 1e-2
+    def inject(self, model, sites):
+        for path in sites["ffn_end"]:
+            site = model.get_submodule(path)
+            site.shift = torch.nn.Parameter(torch.zeros(model.config.hidden_size))
+            site.register_forward_hook(lambda site, inputs, h: h + site.shift)
+        return model
+    def n_parameters(self, s): return s.L * s.H
+
+def recall(p, y): return ((p == y) & (y == 1)).sum(-1) / (y == 1).sum(-1).clip(1)
+RECALL = Metric(recall, recall)
+"""
+METRICS = ("accuracy", "macro_f1", "mine_too:RECALL")
 WORDS = dict(bad="dull", fair="long", good="fine")
 
 
@@ -37,6 +57,7 @@ def write_csv(file, header, rows):
 def own(tmp_path, tiny):
     "A folder with settings.ini and the data of two tasks: BoolQ's layout as TSV, and three classes as CSV."
     (tmp_path/"settings.ini").write_text(SETTINGS.format(tiny=tiny))
+    (tmp_path/"mine_too.py").write_text(MODULE)
     for name in ("boolq", "reviews"): (tmp_path/name).mkdir()
     for split, n in dict(train=48, dev=16).items():
         rows = [f"is thing {i} wet\tThing {i} is {'wet' if i % 2 else 'dry'}.\t{bool(i % 2)}\n" for i in range(n)]
@@ -60,7 +81,8 @@ def test_from_run_to_report(command, own):
     assert [f.name.split("-")[0] for f in runs] == ["boolq"] * 2 + ["reviews"] * 2
     result = json.loads((runs[3]/"result.json").read_text())
     assert result["examples"] == dict(train=36, tune=12, dev=15, test=9)
-    assert set(result["dev"]["last"]) == {"accuracy", "macro_f1", "score", "epoch"} and set(result["test"]) >= {"score"}
+    assert set(result["dev"]["last"]) == {*METRICS, "score", "epoch"}
+    assert set(result["test"]) == {*METRICS, "score"}
     assert (runs[0]/"predictions/test.tsv").read_text().splitlines()[1] in ("0\tFalse", "0\tTrue")
     assert {line.split("\t")[1] for line in (runs[3]/"predictions/dev.tsv").read_text().splitlines()[1:]} == set(WORDS)
 
@@ -71,13 +93,33 @@ def test_from_run_to_report(command, own):
     code, out, err = command("report", "mine", "--to", "html", cwd=own)
     assert code == 0, err
     html = (own/"outputs/mine/report/report.html").read_text()
-    assert "reviews" in html and "accuracy/macro F1" in html and "no GLUE score" not in html
+    for words in ("reviews", "accuracy/macro F1/RECALL", "mine_too:Shift"): assert words in html
+    assert "no GLUE score" not in html
 
     code, out, err = command("list")   # where no settings.ini knows the tasks
     assert code == 0 and out.count("done") == 4, out + err
     (own/"settings.ini").write_text(SETTINGS.replace("bad,fair,good", "good,fair,bad"))
     code, out, err = command("evaluate", runs[3], cwd=own, takes_outputs=False)
-    assert code == 2 and "task 'reviews' is declared otherwise now: labels was" in err and one_line(err), err
+    changed = "task 'reviews' is declared otherwise now: labels was"
+    assert code == 2 and changed in err and one_line(err), err
+    code, out, err = command("list", cwd=own)
+    assert code == 0 and out.count(changed) == 2, out
+
+
+def test_changed_code(command, own):
+    "A method's file changes: its runs are made anew, the former ones are left out and no longer scored."
+    one_task = ["study", "mine", "--tasks", "boolq"]
+    code, out, err = command(*one_task, cwd=own)
+    assert code == 0 and "2/2" in err, err
+    former, = (own/"outputs/mine/runs").glob("boolq-Shift-*")
+    (own/"mine_too.py").write_text(MODULE.replace("h + site.shift", "h + 2 * site.shift"))
+    code, out, err = command("evaluate", former, cwd=own, takes_outputs=False)
+    assert code == 2 and "method 'mine_too:Shift': its code has changed since boolq-Shift" in err and one_line(err), err
+    code, out, err = command(*one_task, cwd=own)
+    assert code == 0 and "1 of 2 runs are finished already" in err, err
+    assert "1 runs are of a former choice, or code" in err + out
+    results = list(csv.DictReader(open(own/"outputs/mine/results.csv")))
+    assert {row["stage"] for row in results if row["run_id"] == former.name} == {"former"} and len(results) == 3
 
 
 BAD = [
@@ -86,6 +128,8 @@ BAD = [
     (dict(old="labels = bad,fair,good", new="labels = bad,good"), "unknown label 'fair', expected one of bad, good"),
     (dict(old="bad,fair,good", new="bad,fair,good,superb"), "no training example has the label 'superb'"),
     (dict(old="accuracy,macro_f1", new="accuracy,bleu"), "unknown metric 'bleu': use one of matthews, accuracy, f1"),
+    (dict(old="mine_too:RECALL", new="mine_too:recall"), "metric 'mine_too:recall' is no peft_study.glue.Metric"),
+    (dict(old="mine_too:RECALL", new="no_such:X"), "metric 'no_such:X': ModuleNotFoundError"),
     (dict(old="accuracy,macro_f1", new="f1"), "metric 'f1' is for two classes, and this task has 3 classes"),
     (dict(old="data = reviews", new="data = elsewhere"), "data 'elsewhere': no such folder"),
     (dict(flags=["--data", "hub"]), "task 'reviews' names no dataset there"),

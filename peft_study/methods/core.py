@@ -7,7 +7,7 @@ __all__ = ['WEIGHTS', 'FACTS', 'one_line', 'Method', 'method_names', 'find_metho
            'expected_parameters', 'save_adapter', 'load_adapter', 'OfficialMethod', 'random_batch', 'check_method']
 
 # %% ../../nbs/methods/00_core.ipynb #26eacb1a
-import json, os, sys
+import json
 from copy import deepcopy
 from fastcore.basics import patch
 from importlib import import_module
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ..encoders import ROLES, Sites, Sizes, get_family, get_sizes, head_parameters, pooler_parameters
-from ..files import is_lfs_pointer, read_json
+from ..files import import_object, is_lfs_pointer, read_json
 from ..glue import BadInput
 
 # %% ../../nbs/methods/00_core.ipynb #cd88e940
@@ -169,10 +169,7 @@ def _is_method(found) -> bool: return isinstance(found, type) and issubclass(fou
 
 def _find_own(name:str) -> type[Method]:
     "The class of `package.module:Class`."
-    module, _, cls = name.partition(":")
-    if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # at the end: its files take no library's place
-    try: found = getattr(import_module(module), cls)
-    except (Exception, SystemExit) as e: raise BadInput(f"method {name!r}: {type(e).__name__}: {e}") from None
+    found = import_object("method", name)
     if not _is_method(found): raise BadInput(f"method {name!r} is no subclass of peft_study.methods.core.Method")
     return found
 
