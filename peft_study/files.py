@@ -111,5 +111,6 @@ def own_source(name:str # package.module:name, which has been imported
               ) -> Path|None:
     "The file of a module of the user's own; None for one of an installed library, whose version stands for it."
     file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
-    if not file or Path(file).is_relative_to(sysconfig.get_paths()["purelib"]): return None
+    libraries = [sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib", "platlib")]
+    if not file or any(Path(file).is_relative_to(folder) for folder in libraries): return None
     return Path(file)
