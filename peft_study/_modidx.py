@@ -1075,6 +1075,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'peft_study.sweep.execute_stack': ('sweep.html#execute_stack', 'peft_study/sweep.py'),
                                   'peft_study.sweep.gpu_trouble': ('sweep.html#gpu_trouble', 'peft_study/sweep.py'),
                                   'peft_study.sweep.listed_gpus': ('sweep.html#listed_gpus', 'peft_study/sweep.py'),
+                                  'peft_study.sweep.noticing_interrupts': ('sweep.html#noticing_interrupts', 'peft_study/sweep.py'),
                                   'peft_study.sweep.on_one_device': ('sweep.html#on_one_device', 'peft_study/sweep.py'),
                                   'peft_study.sweep.record_study': ('sweep.html#record_study', 'peft_study/sweep.py'),
                                   'peft_study.sweep.run_notebook': ('sweep.html#run_notebook', 'peft_study/sweep.py'),

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['RunFailed', 'template', 'run_notebook', 'listed_gpus', 'gpu_trouble', 'devices', 'work', 'all_results', 'device_of',
            'on_one_device', 'estimate', 'execute', 'execute_stack', 'stack_size', 'Local', 'record_study', 'diverged',
-           'choose', 'SecondStage', 'Tally', 'run_study']
+           'choose', 'SecondStage', 'Tally', 'noticing_interrupts', 'run_study']
 
 # %% ../nbs/15_sweep.ipynb #8d4bb4ff
-import math, os, re, sys, time
+import math, os, re, signal, sys, time
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, current_thread, main_thread
 from .config import RunConfig, Study, best_precision
 from .data import train_rows
 from .files import read_text, root, shortened
@@ -397,6 +398,23 @@ class _Queue:
         if not is_done(self.folders[config]): self.tally.failed.append(config)
         return _ended_line(config, self.folders[config], self.tally, self.todo, running)
 
+# %% ../nbs/15_sweep.ipynb #54aeedb9
+@contextmanager
+def noticing_interrupts():
+    "In here no Ctrl-C is lost: yields a function that raises it again."
+    pressed = Event()
+    def press(number, frame):
+        pressed.set()
+        raise KeyboardInterrupt
+    def check():
+        if pressed.is_set(): raise KeyboardInterrupt
+    if current_thread() is not main_thread():   # which alone gets signals
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try: yield check
+    finally: signal.signal(signal.SIGINT, before)
+
 # %% ../nbs/15_sweep.ipynb #508256f5
 def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
               console=None # of rich
@@ -414,8 +432,9 @@ def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
     if todo: engine = engine or Local(outputs)
     shown = -math.inf
     try:
-        with Live(console=console, refresh_per_second=2, transient=True) as live:
+        with noticing_interrupts() as check, Live(console=console, refresh_per_second=2, transient=True) as live:
             while todo or (engine and engine.running):
+                check()
                 queue.start(engine)
                 for config, code in engine.ended():
                     line = queue.end(config, code, engine.running)

@@ -1,8 +1,9 @@
 "Studies that are killed, crowded, or run out of disk or memory: every run once, nothing finished lost, the same bits."
-import json, os, random, resource, signal, time
-import psutil
+import json, os, random, resource, signal, sys, time
+import psutil, pytest
 from conftest import descendants, findings, flags
 from peft_study.runs import lock_folder
+from peft_study.sweep import noticing_interrupts
 
 
 def results(folder): return {f.parent.name: f.stat().st_mtime_ns for f in folder.glob("eight/runs/*/result.json")}
@@ -76,6 +77,21 @@ def test_kernels_die_with_their_sweep(study):
     child.communicate()
     gone, alive = psutil.wait_procs(processes, timeout=30)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_no_interrupt_is_lost(monkeypatch):
+    "A Ctrl-C that falls into a destructor, where Python drops exceptions."
+    class Destroyed:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(.01)
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    with noticing_interrupts() as check:
+        check()
+        Destroyed()
+        with pytest.raises(KeyboardInterrupt): check()
+    assert [type(d.exc_value) for d in dropped] == [KeyboardInterrupt]
 
 
 def test_interrupted(study):
