@@ -690,6 +690,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'peft_study.paper._how_many': ('paper.html#_how_many', 'peft_study/paper.py'),
                                   'peft_study.paper._lacking_seeds': ('paper.html#_lacking_seeds', 'peft_study/paper.py'),
                                   'peft_study.paper._learned_text': ('paper.html#_learned_text', 'peft_study/paper.py'),
+                                  'peft_study.paper._optimisers': ('paper.html#_optimisers', 'peft_study/paper.py'),
                                   'peft_study.paper._other_code': ('paper.html#_other_code', 'peft_study/paper.py'),
                                   'peft_study.paper._over_tasks': ('paper.html#_over_tasks', 'peft_study/paper.py'),
                                   'peft_study.paper._own_settings': ('paper.html#_own_settings', 'peft_study/paper.py'),

@@ -393,6 +393,13 @@ def _dropout(paper:Paper) -> str:
             if hasattr(config, name): found.setdefault(getattr(config, name))
     return "as in the checkpoint" + (f" ({', '.join(f'{v:g}' for v in found)})" if found else "")
 
+def _optimisers(paper:Paper) -> str:
+    "AdamW with its constants, or the names of one's own."
+    runs = paper.done
+    names = set(runs.optimizer.dropna()) if "optimizer" in runs else {"adamw"}
+    constants = f"β = {re.sub(', *', ', ', span(runs.betas))}, ε = {span(runs.eps)}"
+    return listed(f"AdamW, {constants}" if name == "adamw" else f"`{name}`" for name in sorted(names))
+
 def common_settings(paper:Paper) -> str:
     "What all methods share."
     runs = paper.done
@@ -401,7 +408,7 @@ def common_settings(paper:Paper) -> str:
     poolers = set(runs.train_pooler.dropna().astype(bool))
     pooler = {(True,): "trained by every method", (False,): "frozen"}.get(tuple(poolers), "trained by some methods")
     kept = listed(sorted(set(runs.keep))).replace("last", "of the last epoch").replace("best", "of the best epoch")
-    rows = [["optimiser", f"AdamW, β = {of('betas')}, ε = {of('eps')}"],
+    rows = [["optimiser", _optimisers(paper)],
             ["weight decay", f"{of('weight_decay')}, on matrices only"],
             ["learning rate", f"rises linearly over the first {warmup} of the steps, then falls linearly to zero"],
             ["gradient", f"clipped to a norm of {of('max_grad_norm')}"],

@@ -326,7 +326,10 @@ def execute_report(study:str, outputs="outputs") -> Path: # the executed noteboo
     parameters = dict(study=study, outputs=str(os.path.relpath(Path(outputs).resolve(), folder)))
     executed = execute_notebook(root()/"reports"/"report.ipynb", folder/"report.ipynb", parameters, cwd=folder)
     date = str(finished.provenance_finished.astype(str).max())[:10]
-    executed = with_front_matter(without_empty_sections(without_empty_captions(executed)), date=date)
+    facts = dict(date=date)
+    if not any(get_task(name).of_glue for name in finished.task_name.unique()):
+        facts["subtitle"] = "A study of parameter-efficient fine-tuning"
+    executed = with_front_matter(without_empty_sections(without_empty_captions(executed)), **facts)
     nbformat.write(executed, folder/"report.ipynb")
     return folder/"report.ipynb"
 

@@ -25,6 +25,7 @@ n_epochs = 1
 tune_share = 0.25
 [mine.lora]
 [mine.mine_too:Shift]
+optimizer = torch.optim:SGD
 """
 MODULE = """
 import torch
@@ -93,8 +94,8 @@ def test_from_run_to_report(command, own):
     code, out, err = command("report", "mine", "--to", "html", cwd=own)
     assert code == 0, err
     html = (own/"outputs/mine/report/report.html").read_text()
-    for words in ("reviews", "accuracy/macro F1/RECALL", "mine_too:Shift"): assert words in html
-    assert "no GLUE score" not in html
+    for words in ("reviews", "accuracy/macro F1/RECALL", "mine_too:Shift", "torch.optim:SGD"): assert words in html
+    assert "no GLUE score" not in html and "fine-tuning on GLUE" not in html
 
     code, out, err = command("list")   # where no settings.ini knows the tasks
     assert code == 0 and out.count("done") == 4, out + err
