@@ -339,6 +339,7 @@ class Tally:
     def __init__(self, grid, second:SecondStage):
         self.runs, self.second = list(grid), second
         self.failed, self.started, self.studied = [], time.time(), 0
+        self.work = cache(work)   # which looks into the data
 
     @property
     def total(self) -> int: return len(self.runs) + self.second.expected
@@ -346,8 +347,8 @@ class Tally:
     def ended(self, todo, running) -> int: return len(self.runs) - len(todo) - len(running)
 
     def left(self, todo, running) -> str:
-        rest = [work(c) for c in [*todo, *running]]
-        later = self.second.expected * sum(map(work, self.runs)) / max(1, len(self.runs))   # each of average size
+        rest = [self.work(c) for c in [*todo, *running]]
+        later = self.second.expected * sum(map(self.work, self.runs)) / max(1, len(self.runs))   # each of average size
         seconds = (time.time() - self.started) * (sum(rest) + later) / self.studied if self.studied else 0
         return _minutes(seconds) if seconds else ""
 
@@ -394,7 +395,7 @@ class _Queue:
         if code == 3:
             self.todo.append(config)
             return None
-        self.tally.studied += work(config)
+        self.tally.studied += self.tally.work(config)
         if not is_done(self.folders[config]): self.tally.failed.append(config)
         return _ended_line(config, self.folders[config], self.tally, self.todo, running)
 
