@@ -108,8 +108,8 @@ def shown_metrics(task:str, between:str="/") -> str:
     return between.join(METRIC_NAMES.get(m, m.rpartition(":")[2]) for m in get_task(task).metrics)
 
 def _score_axis(task:str) -> str:
-    mean = "mean of " if len(get_task(task).metrics) > 1 else ""
-    return f"{mean}{shown_metrics(task, ' and ')} on dev, %"
+    names = shown_metrics(task, " and ")
+    return f"mean of {names}\non dev, %" if len(get_task(task).metrics) > 1 else f"{names} on dev, %"
 
 # %% ../nbs/22_plots.ipynb #7d1e6c6f
 def _base(label:str) -> str: return label.split()[0].removeprefix("hf_")
