@@ -29,10 +29,10 @@ def merged_model(model, method:Method):
     from transformers import AutoModelForSequenceClassification
     method.merge(model)
     merged = model.state_dict()
-    merged_model = AutoModelForSequenceClassification.from_config(model.config, dtype=model.dtype)
-    merged_model.load_state_dict({n: merged[n] for n in merged_model.state_dict()})
+    alone = AutoModelForSequenceClassification.from_config(model.config, dtype=model.dtype)
+    alone.load_state_dict({n: merged[n] for n in alone.state_dict()})
     method.unmerge(model)
-    return merged_model.eval()
+    return alone.eval()
 
 # %% ../nbs/21_exchange.ipynb #90a47969
 def _new_folder(to) -> Path:

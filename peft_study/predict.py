@@ -7,7 +7,7 @@ __all__ = ['check_finite', 'logits_of', 'decide', 'write_predictions', 'load_run
 
 # %% ../nbs/10_predict.ipynb #fadb35c4
 from pathlib import Path
-from .config import checkpoint_fingerprint
+from .config import checkpoint_fingerprint, code_fingerprint
 from .data import Tokens, eval_batches, load_tokenizer, read_split, tokenise
 from .glue import BadInput, Task, get_task, score, splits, to_word
 from .methods.core import load_adapter
@@ -72,7 +72,7 @@ def load_run(folder # of a finished run
     trained_on, own_code = origin.get("checkpoint_fingerprint"), origin.get("own_code", {})
     if Path(config.checkpoint).is_dir() and trained_on not in (None, checkpoint_fingerprint(config.checkpoint)):
         raise BadInput(f"checkpoint {config.checkpoint!r} has changed since {Path(folder).name} was trained on it")
-    if own_code.get("method") != config.own_code().get("method"):
+    if own_code.get("method") != code_fingerprint("method", config.method.name):
         raise BadInput(f"method {config.method.name!r}: its code has changed since {Path(folder).name} was trained")
     model = build_model(config)
     load_adapter(model, config.method, Path(folder)/"adapter")
