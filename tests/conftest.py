@@ -99,3 +99,11 @@ def descendants(pid):
     "All processes below `pid`, and itself, kernels and their sessions included."
     try: return [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
     except psutil.NoSuchProcess: return []
+
+
+def kill_tree(child):
+    "`child` and all processes below it are killed; some of them may end by themselves meanwhile."
+    for process in descendants(child.pid):
+        try: process.kill()
+        except psutil.NoSuchProcess: continue
+    child.communicate()

@@ -1,7 +1,7 @@
 "Studies that are killed, crowded, or run out of disk or memory: every run once, nothing finished lost, the same bits."
 import json, os, random, resource, signal, sys, time
 import psutil, pytest
-from conftest import descendants, findings, flags
+from conftest import descendants, findings, flags, kill_tree
 from peft_study.runs import lock_folder
 from peft_study.sweep import noticing_interrupts
 
@@ -23,8 +23,7 @@ def test_killed_ten_times(study, undisturbed):
         while time.time() < end and progress(folder) == before: time.sleep(.02)
         if kill % 3: time.sleep(rng.uniform(0, 1.5))
         assert child.poll() is None, "the study ended before it was killed ten times"
-        for process in descendants(child.pid): process.kill()
-        child.communicate()
+        kill_tree(child)
         now = results(folder)
         assert all(now[name] == t for name, t in seen.items()), "a finished run was done again"
         seen = now

@@ -2,7 +2,7 @@
 import json, os, subprocess, sys, time
 import pandas as pd
 import pytest
-from conftest import descendants
+from conftest import kill_tree
 
 
 @pytest.fixture
@@ -36,8 +36,7 @@ def kill_when(child, condition):
     while not condition():
         time.sleep(.02)
         assert child.poll() is None, "it ended before it was killed"
-    for process in descendants(child.pid): process.kill()
-    child.communicate()
+    kill_tree(child)
 
 
 def test_from_grid_to_repetitions(two):
