@@ -7,13 +7,14 @@ __all__ = ['METHODS', 'SIDES', 'OPTIMISATIONS', 'GROUPS', 'peer_model', 'peer_ba
            'peer_logits', 'peer_loss', 'train_trainer', 'measured', 'train_ours', 'flops_per_token', 'product_flops',
            'matrix_flops', 'no_change', 'measure_side', 'tasks_of', 'bench', 'format_row', 'ratios',
            'optimisation_table', 'summary', 'read_bench', 'write_bench', 'plot', 'save_plot', 'shuffled_batches',
-           'slow_adamw', 'stepper', 'where_time_goes', 'inference']
+           'slow_adamw', 'stepper', 'where_time_goes', 'compare_steps', 'gain_of_step', 'inference']
 
 # %% ../nbs/27_bench.ipynb #c37ff9d7
 import json, random, subprocess, sys, time
 from itertools import product
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 from .config import RunConfig
 from .data import check_source, load_tokenizer, train_batches, train_rows
 from .files import read_json
@@ -418,6 +419,31 @@ def where_time_goes(config:RunConfig, steps:int=8) -> dict[str, float]:
     other = sum(seconds for name, seconds in took.items() if name not in named) / total
     return shares | {"other operations": other, "Python and random draws": 1 - sum(shares.values()) - other}
 
+# %% ../nbs/27_bench.ipynb #d74d3d23
+def compare_steps(step, other, batches, rounds:int=5 # over all batches
+                 ) -> list[float]:                   # a round, in rising order
+    "Processor time of `other` over that of `step`: what `step` gains."
+    for index in batches[:3]:
+        step(index)
+        other(index)
+    ratios = []
+    for number in range(rounds):
+        seconds = {step: 0., other: 0.}
+        for i, index in enumerate(batches):
+            in_turn = (step, other) if (number + i) % 2 else (other, step)
+            for take in in_turn:
+                began = time.process_time()
+                take(index)
+                seconds[take] += time.process_time() - began
+        ratios.append(seconds[other] / seconds[step])
+    return sorted(ratios)
+
+def gain_of_step(config:RunConfig, optimisation:str, n_batches:int=8, rounds:int=5) -> list[float]:
+    "What an optimisation of the model or the optimiser gains in a training step."
+    step, batches = stepper(config, cpu=True)
+    with patch(*OPTIMISATIONS[optimisation]): other, _ = stepper(config, cpu=True)
+    return compare_steps(step, other, batches[:n_batches], rounds)
+
 # %% ../nbs/27_bench.ipynb #76ee5787
 def _models(checkpoint) -> dict:
     "The encoder alone, and three ways to serve what was trained."
@@ -460,7 +486,6 @@ def inference(checkpoint="minilm", length:int=64, repeats={1: 300, 64: 30} # bat
 if __name__ == "__main__":   # a process of `measure_side`
     import torch
     from contextlib import nullcontext
-    from unittest.mock import patch
     spec = json.loads(sys.argv[1])
     left_out, side = spec["without"], spec["side"]
     if left_out == "bf16": spec["settings"]["precision"] = "fp32"

@@ -8,6 +8,7 @@ __all__ = ['animals', 'people', 'places', 'colours', 'sizes', 'deeds', 'good', '
 
 # %% ../nbs/02_demo.ipynb #55e807a7
 import random
+from functools import cache
 from .files import BadInput
 
 # %% ../nbs/02_demo.ipynb #50f34971
@@ -93,10 +94,11 @@ MAKERS = dict(cola=acceptability, sst2=sentiment, mrpc=paraphrase, rte=entailmen
 SIZES = dict(train=1000, dev=300, test=300)
 
 # %% ../nbs/02_demo.ipynb #1da570e4
+@cache
 def make_demo(task_name:str, # one of `MAKERS`
               seed:int=0
              ) -> dict[str, list[tuple]]: # split → (text, second text or None, label) in random order
-    "The synthetic task: the same seed gives the same sentences."
+    "The synthetic task: the same seed gives the same sentences. Not to be changed, since the next call returns it too."
     if task_name not in MAKERS:
         raise BadInput(f"the synthetic demo data has no task {task_name!r}: use one of {', '.join(MAKERS)}")
     rng, owner, made = random.Random(f"{task_name}{seed}"), {}, {}

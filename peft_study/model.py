@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['checkpoint_path', 'load_encoder_config', 'task_config', 'check_weights', 'check_tokenizer', 'check_precision',
-           'can_cache', 'positions_left', 'check_run', 'init_head', 'check_loaded', 'build_model']
+           'can_cache', 'positions_left', 'check_model', 'check_run', 'init_head', 'check_loaded', 'build_model']
 
 # %% ../nbs/06_model.ipynb #a9c84b97
 import re
@@ -111,10 +111,8 @@ def positions_left(method, encoder, max_length:int) -> int:
     padding = get_family(encoder).padding(encoder)
     return room if padding is None else room - padding - 1
 
-def check_run(config:RunConfig):
+def check_model(config:RunConfig): # the encoder's configuration
     "`BadInput` if the checkpoint cannot be used, or the method or the length does not fit it."
-    check_precision(config.precision)
-    check_optimizer(config.optimizer)
     encoder = task_config(config)
     config.method.check(encoder)
     if config.cache_frozen and not can_cache(config.method, encoder):
@@ -126,6 +124,12 @@ def check_run(config:RunConfig):
     if config.max_length > room:
         raise BadInput(f"max_length must be at most the encoder's {room} positions, got {config.max_length}")
     return encoder
+
+def check_run(config:RunConfig):
+    "`BadInput` if the model of a run cannot be built, or this machine or its optimiser cannot train it."
+    check_precision(config.precision)
+    check_optimizer(config.optimizer)
+    check_model(config)
 
 # %% ../nbs/06_model.ipynb #f527c112
 def init_head(model, seed:int):
@@ -170,7 +174,7 @@ def check_loaded(checkpoint:str, encoder, found:dict # of transformers' loading
 def build_model(config:RunConfig):
     "The pre-trained encoder with a fresh head and the run's method: frozen but for what learns, in fp32 on the CPU."
     import torch, transformers
-    encoder = check_run(config)
+    encoder = check_model(config)
     transformers.logging.set_verbosity_error()   # the new head is no news
     transformers.utils.logging.disable_progress_bar()
     load = transformers.AutoModelForSequenceClassification.from_pretrained

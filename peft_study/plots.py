@@ -161,10 +161,12 @@ def place_names(table) -> dict: # (task, encoder, data) → name
 def at_place(table, place): return table[(table[PLACE] == list(place)).all(axis=1)]
 
 # %% ../nbs/22_plots.ipynb #e9349bcd
-def _band(which:str):
+def _band(which:str, top:float=float("inf")):
     def interval(scores):
         s = summary(scores)
-        return (s["mean"] - 3 * s["std"], s["mean"] + 3 * s["std"]) if which == "3 sigma" else (s["low"], s["high"])
+        low, high = s["low"], s["high"]
+        if which == "3 sigma": low, high = s["mean"] - 3 * s["std"], s["mean"] + 3 * s["std"]
+        return low, min(high, top)
     return interval
 
 def _widen(ax):
@@ -173,7 +175,7 @@ def _widen(ax):
     ax.set_xlim(right=high * (high / low)**.15)
 
 def _draw_scaling(ax, runs, colours, band, published):
-    ends = {}
+    ends, top = {}, 100 if get_task(runs.task_name.iloc[0]).of_glue else float("inf")   # GLUE's metrics end at 1
     for method, group in (published.groupby("method") if published is not None else ()):
         style = dict(color=COLOURS.get(method, "#666666"), ls="--", lw=1, alpha=.6, zorder=0)
         ax.plot(group.trainable_params, 100 * group["mean"], **style)
@@ -181,7 +183,7 @@ def _draw_scaling(ax, runs, colours, band, published):
         group = runs[runs.label == label].assign(percent=lambda t: 100 * t.score)
         ax.scatter(group.parameters_trainable, group.percent, color=colours[label], alpha=.35, s=14, lw=0, zorder=2)
         sns.lineplot(group, x="parameters_trainable", y="percent", color=colours[label], marker="o", markersize=5,
-                     errorbar=_band(band), legend=False, ax=ax)
+                     errorbar=_band(band, top), legend=False, ax=ax)
         last = group[group.parameters_trainable == group.parameters_trainable.max()]
         ends[shown_method(label)] = last.parameters_trainable.iloc[0], last.percent.mean(), colours[label]
     ax.set_xscale("log")

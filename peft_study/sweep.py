@@ -17,9 +17,9 @@ from .config import RunConfig, Study, best_precision
 from .data import train_rows
 from .files import read_text, root, shortened
 from .glue import BadInput, get_task
-from .kernels import ForkedKernel, _redirect, begin, execute_notebook, warm_up
+from .kernels import ForkedKernel, begin, execute_notebook, settle, warm_up
 from .records import adopt
-from .runs import (FolderLocked, cores, device_name, exit_with_parent, is_done, lock_folder, lock_owner,
+from .runs import (FolderLocked, cores, device_name, is_done, lock_folder, lock_owner,
                              make_folder, nvidia_smi, read_config, read_metrics, read_record, read_result, run_folder,
                              start_run, write_error, write_json)
 
@@ -175,11 +175,7 @@ def execute_stack(folders, outputs, minutes:float) -> int:
     return 0 if all(map(is_done, folders)) else 1
 
 def _unit(parent, env, folders, *args):
-    os.setsid()   # the terminal's Ctrl-C is for the sweep, which then ends this
-    exit_with_parent(parent)
-    os.environ.clear()
-    os.environ.update(env)
-    _redirect(Path(folders[0])/"log.txt")
+    settle(parent, env, Path(folders[0])/"log.txt")
     sys.exit(execute(folders[0], *args) if len(folders) == 1 else execute_stack(folders, *args))
 
 # %% ../nbs/15_sweep.ipynb #23047350
@@ -328,7 +324,8 @@ def _table(summary, running, folders):
     together = {}
     for config, (process, _) in running.items(): together.setdefault(process, []).append(config)
     for first, *others in list(together.values())[:20]:
-        name = f"{first.run_id} and {len(others)} more" if others else first.run_id
+        name = folders[first].name
+        if others: name += f" and {len(others)} more"
         table.add_row(name, _progress(folders[first]))
     table.add_row(f"[dim]{summary}[/]")
     return table
@@ -361,7 +358,7 @@ class Tally:
 def _ended_line(config, folder, tally:Tally, todo, running) -> str:
     from rich.markup import escape
     what = _outcome(folder) if is_done(folder) else f"[red]failed[/]: {escape(_last_line(folder))}"
-    return f"{tally.ended(todo, running)}/{tally.total}  {config.run_id}  {what}  [dim]{tally.left(todo, running)}[/]"
+    return f"{tally.ended(todo, running)}/{tally.total}  {folder.name}  {what}  [dim]{tally.left(todo, running)}[/]"
 
 class _Queue:
     "The runs of a study that are to be started, the longest first, with their folders."

@@ -159,22 +159,26 @@ def test_bad_input(command, own, tiny, change, message):
 def test_module_and_optimizer(command, own, tiny):
     "A task and an optimiser in a file of the user's own; a broken row of a CSV is left out where that is allowed."
     (own/"mine.py").write_text(
-        "import torch\nfrom peft_study.glue import Task\n"
-        "REVIEWS = Task('reviews', ('text',), ('bad', 'fair', 'good'), label='stars', data='reviews')\n"
-        "def sgd(groups): return torch.optim.SGD(groups, momentum=.9)\n")
+        "from peft_study.glue import Task\n"
+        "REVIEWS = Task('reviews', ('text',), ('bad', 'fair', 'good'), label='stars', data='reviews')\n")
+    (own/"heavy_ball.py").write_text(
+        "import torch\ndef sgd(groups): return torch.optim.SGD(groups, momentum=.9)\n")
     with open(own/"reviews/train.csv", "a") as f: f.write("one column\n")
     flags = ["--task", "mine:REVIEWS", "--checkpoint", tiny, "--method", "head", "--epochs", "1", "--lr", "0.5",
-             "--optimizer", "mine:sgd", "--max-length", "32"]
+             "--optimizer", "heavy_ball:sgd", "--max-length", "32"]
     code, out, err = command("run", *flags, cwd=own)
     assert code == 2 and "1 columns, expected 2 (1 such rows; skip_bad_rows = N" in err and one_line(err), err
     code, out, err = command("run", *flags, "--skip-bad-rows", "1", cwd=own)
     assert code == 0 and "mine:REVIEWS dev" in out, err
     folder, = (own/"outputs/adhoc/runs").iterdir()
     config = json.loads((folder/"config.json").read_text())
-    assert folder.name.startswith("REVIEWS-head-all-s0-") and config["optimizer"] == "mine:sgd"
+    assert folder.name.startswith("REVIEWS-head-all-s0-") and config["optimizer"] == "heavy_ball:sgd"
     assert json.loads((folder/"result.json").read_text())["examples"]["skipped"] == 1
     code, out, err = command("run", *flags[:-4], "--max-length", "32", "--skip-bad-rows", "1", cwd=own)
     assert code == 0 and len(list((own/"outputs/adhoc/runs").iterdir())) == 2   # AdamW is another run
+    (own/"heavy_ball.py").unlink()
+    code, out, err = command("evaluate", folder, cwd=own, takes_outputs=False)
+    assert code == 0, err   # which trains nothing
 
 
 def test_identity(own, tiny, monkeypatch):
