@@ -77,21 +77,20 @@ def save(fig, path # without suffix
 
 # %% ../nbs/22_plots.ipynb #312f104a
 def label_lines(ax, ends:dict): # name → (x, y, colour)
-    """Write each name to the right of its point, or to the left where it would lie on another point; names that would
-    lie on one another are moved up."""
+    "Write each name to the right of its point, and as near to its height as other points and names leave room."
     points = {name: ax.transData.transform((x, y)) * 72 / ax.figure.dpi for name, (x, y, _) in ends.items()}
-    def is_free(left, right, height): # in points, of 1/72 inch
-        return not any(left < x < right and abs(y - height) < 8 for x, y in points.values())
-    placed = []
+    placed = []   # in points, of 1/72 inch
+    def is_free(left, height, width):
+        on_a_point = any(left + 2 < x < left + width and abs(y - height) < 8 for x, y in points.values())
+        on_a_name = any(abs(x - left) < 60 and abs(y - height) < 11 for x, y in placed)
+        return not on_a_point and not on_a_name
     for name, (x, y, colour) in sorted(ends.items(), key=lambda e: e[1][1]):
-        (across, up), width = points[name], 6 + 4.5 * len(name)
-        near = [other for left, other in sorted(placed) if abs(left - across) < 60]
-        at = max([up, *(other + 11 for other in near if up < other + 11)])
-        placed.append((across, at))
-        leftwards = not is_free(across + 1, across + width, at) and is_free(across - width, across - 1, at)
-        side, shift = ("right", -6) if leftwards else ("left", 6)
-        text = ax.annotate(name, (x, y), (shift, at - up), textcoords="offset points", color=colour, fontsize=8,
-                           ha=side, va="center", annotation_clip=False, zorder=5)
+        left, up = points[name]
+        shifts = sorted(range(-12, 120), key=abs)
+        shift = next((s for s in shifts if is_free(left, up + s, 6 + 4.5 * len(name))), 0)
+        placed.append((left, up + shift))
+        text = ax.annotate(name, (x, y), (6, shift), textcoords="offset points", color=colour, fontsize=8,
+                           va="center", annotation_clip=False, zorder=5)
         # a line behind it does not strike it through
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
