@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from .glue import get_task, in_order
+from .glue import METRICS, get_task, in_order
 from .results import PLACE, best_sizes, budget_curves, cell_means, done, methods_in, reported, runs_of
 from .runs import read_config, read_metrics
 from .statistics import summary
@@ -180,7 +180,8 @@ def _widen(ax):
     ax.set_xlim(right=high * (high / low)**.15)
 
 def _draw_scaling(ax, runs, colours, band, published):
-    ends, top = {}, 100 if get_task(runs.task_name.iloc[0]).of_glue else float("inf")   # GLUE's metrics end at 1
+    known = set(get_task(runs.task_name.iloc[0]).metrics) <= set(METRICS)   # all of which end at 1
+    ends, top = {}, 100 if known else float("inf")
     for method, group in (published.groupby("method") if published is not None else ()):
         style = dict(color=COLOURS.get(method, "#666666"), ls="--", lw=1, alpha=.6, zorder=0)
         ax.plot(group.trainable_params, 100 * group["mean"], **style)

@@ -355,7 +355,7 @@ class Tally:
         return " · ".join(p for p in parts if p)
 
 # %% ../nbs/15_sweep.ipynb #fb7e84d0
-def _ended_line(config, folder, tally:Tally, todo, running) -> str:
+def _ended_line(folder, tally:Tally, todo, running) -> str:
     from rich.markup import escape
     what = _outcome(folder) if is_done(folder) else f"[red]failed[/]: {escape(_last_line(folder))}"
     return f"{tally.ended(todo, running)}/{tally.total}  {folder.name}  {what}  [dim]{tally.left(todo, running)}[/]"
@@ -394,7 +394,7 @@ class _Queue:
             return None
         self.tally.studied += self.tally.work(config)
         if not is_done(self.folders[config]): self.tally.failed.append(config)
-        return _ended_line(config, self.folders[config], self.tally, self.todo, running)
+        return _ended_line(self.folders[config], self.tally, self.todo, running)
 
 # %% ../nbs/15_sweep.ipynb #54aeedb9
 @contextmanager
