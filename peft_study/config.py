@@ -223,7 +223,8 @@ def _method_of(section:str) -> str:
 
 # %% ../nbs/05_config.ipynb #a26d6f14
 def _settings_of(ini:ConfigParser, name:str, overrides:dict, file:str): # → (section, settings)
-    "The settings of each section of a study; an override goes where the setting is known, and must be known somewhere."
+    """The settings of each section of a study; an override goes where its setting is known, which is somewhere.
+    Of a section that names tasks of its own, an override of the tasks keeps those that are in both."""
     known = set(RunConfig.model_fields) - {"method"}
     common = dict(ini[name]) if name in ini else {}
     common.pop("final_seeds", None)   # the study's own
@@ -235,6 +236,11 @@ def _settings_of(ini:ConfigParser, name:str, overrides:dict, file:str): # → (s
         unused -= set(own)
         settings = common | dict(ini[section])
         settings.update({k: v for k, v in overrides.items() if k in known or k in own})
+        if "task_name" in ini[section] and "task_name" in overrides:
+            wanted = words("task_name", overrides["task_name"])
+            kept = [t for t in words("task_name", ini[section]["task_name"]) if t in wanted]
+            if not kept: continue
+            settings["task_name"] = " ".join(kept)
         settings.update(study=overrides.get("study", name), method=_method_of(section))
         yield section, settings
     if unused:
@@ -278,7 +284,9 @@ def read_study(name:str,           # a section of the file
         except BadInput as e: raise BadInput(f"{file.name} [{section}]: {e}") from None
     if odd := [m for m in methods if m not in there]:
         raise BadInput(f"study {name!r} has no method {odd[0]!r}: it has {', '.join(dict.fromkeys(there))}")
-    if not configs: raise BadInput(f"{file.name}: study {name!r} has no section [{name}.METHOD]")
+    if not configs:
+        wanted = f" for {overrides['task_name']}" if "task_name" in overrides else ""
+        raise BadInput(f"{file.name}: study {name!r} has no section [{name}.METHOD]{wanted}")
     declared = overrides.get("final_seeds", ini.get(name, "final_seeds", fallback=None))
     try: final = _final_seeds(declared, {c.seed for c in configs})
     except BadInput as e: raise BadInput(f"{file.name} [{name}]: {e}") from None
@@ -325,10 +333,15 @@ def final_runs(self:Study, chosen:dict # cell → the configuration to repeat, a
 
 # %% ../nbs/05_config.ipynb #b395389b
 def unequal_budgets(study:Study) -> str|None:
-    "A sentence that names the cells with the fewest and the most configurations to choose from, if these differ."
-    tried = {cell: len({c.model_copy(update=dict(seed=0)) for c in configs}) for cell, configs in study.cells.items()}
-    fewest, most = min(tried, key=tried.get), max(tried, key=tried.get)
-    if tried[fewest] == tried[most]: return None
-    def name(cell): return f"{cell[0]} {cell[3]} {cell[4]} has {tried[cell]}"
-    return (f"the cells of study {study.name!r} choose from different numbers of configurations, which favours those "
-            f"with more: {name(fewest)}, {name(most)}")
+    """A sentence that names the cells with the fewest and the most configurations to choose from, if these differ
+    within a task; tasks may differ."""
+    places = {}   # task, encoder, data → cell → how many configurations it tries
+    for cell, configs in study.cells.items():
+        places.setdefault(cell[:3], {})[cell] = len({c.model_copy(update=dict(seed=0)) for c in configs})
+    for tried in places.values():
+        fewest, most = min(tried, key=tried.get), max(tried, key=tried.get)
+        if tried[fewest] == tried[most]: continue
+        def name(cell): return f"{cell[0]} {cell[3]} {cell[4]} has {tried[cell]}"
+        return (f"the cells of study {study.name!r} choose from different numbers of configurations, which favours "
+                f"those with more: {name(fewest)}, {name(most)}")
+    return None

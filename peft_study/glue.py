@@ -342,7 +342,9 @@ _recorded = {}   # name → task: of runs that were read here and whose task is 
 def get_task(name:str # of GLUE, of a section [task.NAME], or package.module:TASK
             ) -> Task:
     "The task called `name`; `BadInput` names the tasks there are."
-    if name in TASKS: return TASKS[name]
+    if name in TASKS:
+        if name in declared_tasks(): raise BadInput(f"settings.ini [task.{name}]: GLUE has a {name}; take another name")
+        return TASKS[name]
     if name in declared_tasks():
         if not name.isidentifier(): raise BadInput(f"settings.ini [task.{name}]: a name has letters, digits, _")
         return make_task(name, declared_tasks()[name], f"settings.ini [task.{name}]")

@@ -138,6 +138,7 @@ BAD = [
     (dict(flags=["--task", "revews"]), "unknown task_name 'revews': use one of cola"),
     (dict(flags=["--task", "no_such:TASK"]), "task_name 'no_such:TASK': ModuleNotFoundError"),
     (dict(flags=["--task", "json:dumps"]), "task_name 'json:dumps' is no peft_study.glue.Task"),
+    (dict(old="[task.reviews]", new="[task.rte]", flags=["--task", "rte"]), "[task.rte]: GLUE has a rte; take another"),
     (dict(gone="reviews/dev.csv"), "dev.tsv, .csv or .parquet is missing; reviews needs its train and dev files"),
     (dict(flags=["--optimizer", "sgd"]), "optimizer must be adamw or package.module:function, got 'sgd'"),
     (dict(flags=["--optimizer", "no_such:sgd"]), "optimizer 'no_such:sgd': ModuleNotFoundError"),
