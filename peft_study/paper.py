@@ -7,12 +7,12 @@ __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates',
            'points_from', 'capital', 'Paper', 'against_full', 'encoder_config', 'learning_parts', 'abstract',
            'code_address', 'origin', 'about_full', 'about_probe', 'layer_figure', 'methods_table', 'data_text',
            'data_table', 'setup_table', 'common_settings', 'setup_text', 'protocol_text', 'status_text', 'scores_text',
-           'comparison_text', 'parameters_table', 'parameters_text', 'enough', 'flattery', 'at_the_edge', 'tuning_text',
-           'has_costs', 'cost_text', 'cost_is_drawn', 'chosen_runs', 'curves_text', 'init_table', 'init_text',
-           'official_table', 'official_text', 'published', 'published_text', 'published_scaling_text',
-           'published_table', 'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure',
-           'cost_figure', 'curves_figure', 'limits', 'not_part', 'conclusion', 'short_table', 'in_short',
-           'reproduce_text', 'environment_table', 'runs_table']
+           'told_apart', 'comparison_text', 'parameters_table', 'parameters_text', 'difference_to_full', 'enough',
+           'flattery', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text', 'cost_is_drawn', 'chosen_runs',
+           'curves_text', 'init_table', 'init_text', 'official_table', 'official_text', 'published', 'published_text',
+           'published_scaling_text', 'published_table', 'published_figure', 'map_figure', 'scaling_figure',
+           'relative_figure', 'tuning_figure', 'cost_figure', 'curves_figure', 'limits', 'not_part', 'conclusion',
+           'short_table', 'in_short', 'reproduce_text', 'environment_table', 'runs_table']
 
 # %% ../nbs/24_paper.ipynb #d326cd8d
 import re, subprocess
@@ -37,7 +37,7 @@ from .results import (CELL, PLACE, DevExamples, best_sizes, budget_curves, cell_
                                 compare_over_tasks, done, floors, load_runs, methods_in, not_reported, paired,
                                 reported, runs_of, studies, usual_claims)
 from .runs import read_config, read_record
-from .statistics import glue_score, parameter_efficiency
+from .statistics import glue_score, is_enough
 
 # %% ../nbs/24_paper.ipynb #47d1884d
 def listed(words) -> str:
@@ -564,16 +564,21 @@ def _glue_text(paper:Paper) -> str:
     return f"The means over GLUE's eight tasks without WNLI are {means}."
 
 # %% ../nbs/24_paper.ipynb #6e4a500e
+def told_apart(paper:Paper, source:str="") -> str:
+    "In how many comparisons more than chance is seen, one by one and after Holm's correction; none without tests."
+    known = paper.comparisons[paper.comparisons.p.notna()]
+    if known.empty: return ""
+    apart, low = int(((known.high < 0) | (known.low > 0)).sum()), int((known.p_holm < .05).sum())
+    return (f"The 95% interval of the difference excludes zero in {out_of(apart, len(known), 'comparison')}; "
+            f"after Holm's correction{source}, p is below 0.05 in {low or 'none'}.")
+
 def comparison_text(paper:Paper) -> str:
     "What the tests against full fine-tuning say."
     if paper.comparisons.empty: return ""
     start = "@tbl-tests compares each method with full fine-tuning, and @fig-map shows the differences."
-    known = paper.comparisons[paper.comparisons.p.notna()]
-    if known.empty:
+    counted = told_apart(paper, " [@holm1979simple]")
+    if not counted:
         return f"{start} Intervals and tests need three seeds, which no comparison has: no difference is claimed."
-    apart, low = int(((known.high < 0) | (known.low > 0)).sum()), int((known.p_holm < .05).sum())
-    counted = (f"The 95% interval of the difference excludes zero in {out_of(apart, len(known), 'comparison')}; "
-               f"after Holm's correction [@holm1979simple], p is below 0.05 in {low or 'none'}.")
     return sentences(start, counted, _over_tasks(paper))
 
 def _over_tasks(paper:Paper) -> str:
@@ -622,29 +627,52 @@ def parameters_text(paper:Paper) -> str:
     return sentences(start, share, figures, relative, _enough_text(paper))
 
 # %% ../nbs/24_paper.ipynb #1f9d6126
-def enough(paper:Paper) -> list[str]:
-    "In words, for each method the smallest size whose interval reaches 99% of full fine-tuning's score, and where."
-    found = {}
-    for place, title in paper.places.items():
-        here = at_place(paper.cells, place)
-        here = here[here.n >= 3]
-        here = here.assign(low=here.low.fillna(here.score), high=here.high.fillna(here.score))   # of equal scores
-        full = here.score[here.label == "full"].max()
-        for label in [m for m in paper.rest() if full == full]:
-            sizes = here[here.label == label]
-            intervals = sizes[["parameters", "low", "high"]].itertuples(index=False)
-            smallest = parameter_efficiency(intervals, full)["reaches"]
-            if not smallest: continue
-            size = sizes["size"][sizes.parameters == smallest].iloc[0]
-            found.setdefault((label, size), []).append(title)
-    ordered = sorted(found.items(), key=lambda item: paper.methods.index(item[0][0]))
-    return [f"{with_size(*which)} on {paper.on(titles)}" for which, titles in ordered]
+def difference_to_full(paper:Paper, cell) -> dict|None:
+    "`paired` with full fine-tuning on the same task, and its `full` score; None where there is none."
+    here = at_place(paper.cells, tuple(cell[PLACE].iloc[0]))
+    full = here[here.label == "full"]
+    if full.empty: return None
+    found = paired(runs_of(paper.table, cell), runs_of(paper.table, full), paper.examples)
+    return found | dict(full=full.score.iloc[0])
+
+def _keeps(found:dict, share:float=.99) -> bool|None:
+    "Whether `share` of full fine-tuning's score is kept, where three seeds tell."
+    if found["n"] < 3: return None
+    low, high = found["low"], found["high"]
+    if low != low: low = high = found["difference"]   # all seeds differ by the same
+    return is_enough(low, high, (1 - share) * found["full"])
+
+def enough(paper:Paper) -> tuple[list[str], list[str], int]:
+    """In words, each method's smallest size that keeps 99% of full fine-tuning's score, and its largest that does not,
+    with their tasks; how many comparisons are open."""
+    yes, no, still_open = {}, {}, 0
+    cells = paper.cells[paper.cells.label.isin([*paper.rest(), "head"])].sort_values("parameters")
+    for i in range(len(cells)):
+        cell = cells.iloc[[i]]
+        found = difference_to_full(paper, cell)
+        if found is None: continue
+        which, title = (cell.label.iloc[0], cell["size"].iloc[0]), paper.places[tuple(cell[PLACE].iloc[0])]
+        kept = _keeps(found)
+        if kept is None: still_open += 1
+        elif kept: yes.setdefault((which[0], title), which[1])   # the first is the smallest
+        else: no[which[0], title] = which[1]                     # the last is the largest
+    return _by_cell(paper, yes), _by_cell(paper, no), still_open
+
+def _by_cell(paper:Paper, sizes:dict) -> list[str]: # (label, title of the task) → size
+    titles = {}
+    for (label, title), size in sizes.items(): titles.setdefault((label, size), []).append(title)
+    ordered = sorted(titles.items(), key=lambda item: paper.methods.index(item[0][0]))
+    order = list(paper.places.values()).index
+    return [f"{with_size(*which)} on {paper.on(sorted(where, key=order))}" for which, where in ordered]
 
 def _enough_text(paper:Paper) -> str:
     if paper.comparisons.empty or paper.seeds < 3 or not paper.rest(): return ""
-    found = enough(paper)
-    if not found: return "No size of a method has an interval that reaches 99% of the score of full fine-tuning."
-    return f"The smallest sizes whose 95% interval reaches 99% of the score of full fine-tuning: {'; '.join(found)}."
+    yes, no, still_open = enough(paper)
+    start = "Enough is what keeps 99% of the score of full fine-tuning."
+    shown = f"The 95% interval of the difference shows this for {'; '.join(yes) or 'no size'}."
+    refuted = f"It excludes this for {'; '.join(no)}." if no else ""
+    rest = f"It leaves {plural(still_open, 'comparison')} open." if still_open else ""
+    return sentences(start, shown, refuted, rest)
 
 # %% ../nbs/24_paper.ipynb #11f87410
 def flattery(paper:Paper) -> str:
@@ -906,11 +934,11 @@ def _at_what_cost(paper:Paper) -> str:
             f"{memory} GB. Training times are in @tbl-cost, and compare only where runs had a machine to themselves.")
 
 # %% ../nbs/24_paper.ipynb #a1607028
-def _against_full(paper:Paper, full, cell) -> str:
+def _against_full(paper:Paper, cell) -> str:
     "The difference to full fine-tuning in points, with its interval over seeds and examples."
-    if full.empty or cell.label.iloc[0] == "full": return ""
-    found = paired(runs_of(paper.table, cell), runs_of(paper.table, full), paper.examples)
-    difference = percent(cell.score.iloc[0] - full.score.iloc[0], "+z.1f")
+    found = None if cell.label.iloc[0] == "full" else difference_to_full(paper, cell)
+    if found is None: return ""
+    difference = percent(cell.score.iloc[0] - found["full"], "+z.1f")
     if found["low"] != found["low"]: return difference
     return f"{difference} ({percent(found['low'])} to {percent(found['high'])})"
 
@@ -919,13 +947,12 @@ def short_table(paper:Paper) -> str:
     cells = {}
     for place in paper.places:
         here = at_place(paper.cells, place)
-        full = here[here.label == "full"]
         for i in range(len(here)):
             cell = here.iloc[[i]]
             c = cell.iloc[0]
             score = f"{percent(c.score)}{half_width(c.low, c.high)}"
             row = cells.setdefault((c.label, c["size"]), dict(parameters=c.parameters))
-            row[place] = [score, _against_full(paper, full, cell)]
+            row[place] = [score, _against_full(paper, cell)]
     constants = floors(paper.table, paper.examples)
     first = ["a constant prediction", ""]
     for place in paper.places: first += [percent(at_place(constants, place).constant.iloc[0]), ""]
@@ -944,7 +971,8 @@ def in_short(paper:Paper) -> str:
     what = f"{listed(paper.encoders)} on {paper.where()}, {runs}; dev scores of {seeds}"
     if paper.two_stages: what += ", after another seed has tuned on a held-out part of the training set"
     what += ". Intervals (95%) are over seeds and dev examples." if paper.seeds >= 3 else "."
-    answers = [f"- **How close?** {_how_close(paper)}", f"- **How many parameters?** {_how_many(paper)}"]
+    answers = [f"- **How close?** {sentences(_how_close(paper), told_apart(paper))}",
+               f"- **How many parameters?** {_how_many(paper)}"]
     if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {flattery(paper)}")
     if edge := at_the_edge(paper): answers.append(f"- **Limits.** {edge}")
     return "\n\n".join([what, short_table(paper), "\n".join(answers)])

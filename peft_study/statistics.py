@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'summary', 'dev_interval', 'resampled_score', 'constant_prediction', 'tail', 'two_level', 'mcnemar',
-           'paired_bootstrap', 'paired_seeds', 'paired_tasks', 'holm', 'expected_best', 'glue_score',
-           'parameter_efficiency']
+           'paired_bootstrap', 'paired_seeds', 'paired_tasks', 'holm', 'expected_best', 'glue_score', 'is_enough']
 
 # %% ../nbs/17_statistics.ipynb #a511fadd
 import math
@@ -155,11 +154,10 @@ def glue_score(scores:dict) -> dict: # task → score
     return dict(all=mean(TASKS), without_wnli=mean(t for t in TASKS if t != "wnli"))
 
 # %% ../nbs/17_statistics.ipynb #461cd0be
-def parameter_efficiency(sizes,   # (parameters, low, high) of each size
-                         full:float, # mean score of full fine-tuning
-                         share:float=.99) -> dict:
-    "The fewest parameters whose interval `reaches` share · full, and is above it for `sure`; None where none is."
-    known = sorted((n, low, high) for n, low, high in sizes if not math.isnan(low))
-    reaches = next((n for n, _, high in known if high >= share * full), None)
-    sure = next((n for n, low, _ in known if low >= share * full), None)
-    return dict(reaches=reaches, sure=sure)
+def is_enough(low:float, high:float, # of the difference to full fine-tuning
+              margin:float           # the loss that is allowed, from 0 on
+             ) -> bool|None:         # None where the interval decides nothing
+    "Whether a loss is at most `margin`."
+    if low >= -margin: return True
+    if high < -margin: return False
+    return None
