@@ -271,7 +271,7 @@ def read_study(name:str,           # a section of the file
     file = Path(file or settings_file())
     ini = read_ini(file)
     names = sorted({s.split(".")[0] for s in ini.sections()} - {"task"})   # [task.NAME] is a task
-    if name not in names: raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(names)}")
+    if name not in names: raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(names) or 'none'}")
     configs, there, decided = [], [], False
     for section, settings in _settings_of(ini, name, overrides, file.name):
         there.append(settings["method"])

@@ -215,8 +215,19 @@ def get_metric(name:str # of `METRICS`, or package.module:METRIC
         known = ", ".join(METRICS)
         raise BadInput(f"unknown metric {name!r}: use one of {known}; your own is package.module:METRIC")
     metric = import_object("metric", name)
-    if isinstance(metric, Metric): return metric
-    raise BadInput(f"metric {name!r} is no peft_study.glue.Metric")
+    if not isinstance(metric, Metric): raise BadInput(f"metric {name!r} is no peft_study.glue.Metric")
+    _check_best(metric, name)
+    return metric
+
+def _check_best(metric:Metric, name:str):
+    "`BadInput` for an error, which is 0 where predictions are right."
+    import numpy as np
+    y = np.array([0., 1., 3.] if metric.takes == "numbers" else [0, 1])
+    try: best = float(metric(y, y.copy()))
+    except Exception as e: raise BadInput(f"metric {name!r}: {type(e).__name__}: {e}") from None
+    if abs(best - 1) > 1e-6:
+        raise BadInput(f"metric {name!r} must be 1 where all predictions are right, and is {best:g}: "
+                       "an error e becomes a metric as 1 - e")
 
 # %% ../nbs/01_glue.ipynb #9002915d
 def check_metric(metric:Metric, sets:int=20, n:int=50, seed:int=0) -> float:
@@ -321,7 +332,10 @@ def make_task(name:str, settings:dict, # field → text, or as in JSON
 @lru_cache
 def _task_sections(file, size, modified) -> dict[str, dict]:
     ini = read_ini(file)
-    return {s.removeprefix("task."): dict(ini[s]) for s in ini.sections() if s.startswith("task.")}
+    found = {s.removeprefix("task."): dict(ini[s]) for s in ini.sections() if s.startswith("task.")}
+    for name in found:
+        if name in TASKS: raise BadInput(f"settings.ini [task.{name}]: GLUE has a {name}; take another name")
+    return found
 
 def declared_tasks() -> dict[str, dict]: # name → settings
     "The sections `[task.NAME]` of settings.ini."
@@ -342,18 +356,17 @@ _recorded = {}   # name → task: of runs that were read here and whose task is 
 def get_task(name:str # of GLUE, of a section [task.NAME], or package.module:TASK
             ) -> Task:
     "The task called `name`; `BadInput` names the tasks there are."
-    if name in TASKS:
-        if name in declared_tasks(): raise BadInput(f"settings.ini [task.{name}]: GLUE has a {name}; take another name")
-        return TASKS[name]
-    if name in declared_tasks():
+    declared = declared_tasks()
+    if name in TASKS: return TASKS[name]
+    if name in declared:
         if not name.isidentifier(): raise BadInput(f"settings.ini [task.{name}]: a name has letters, digits, _")
-        return make_task(name, declared_tasks()[name], f"settings.ini [task.{name}]")
+        return make_task(name, declared[name], f"settings.ini [task.{name}]")
     if ":" in name:
         try: return _imported_task(name)
         except BadInput:
             if name not in _recorded: raise
     if name in _recorded: return _recorded[name]
-    raise BadInput(f"unknown task_name {name!r}: use one of {', '.join([*TASKS, *declared_tasks()])}; "
+    raise BadInput(f"unknown task_name {name!r}: use one of {', '.join([*TASKS, *declared])}; "
                    "your own is a section [task.NAME] of settings.ini, or package.module:TASK")
 
 def in_order(names) -> list[str]:

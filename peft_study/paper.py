@@ -25,7 +25,7 @@ from .data import minilm_folder
 from .demo import MAKERS
 from .demo import SIZES as DEMO_SIZES
 from .encoders import head_parameters, pooler_parameters
-from .files import default_outputs, repository, root
+from .files import default_outputs, read_ini, repository, root, settings_file
 from .glue import BadInput, TASKS, TRAIN_ROWS, get_task
 from .methods.core import find_method
 from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, expected_best_figure,
@@ -866,8 +866,9 @@ def _command_with(paper:Paper, method:str) -> str:
 def not_part(paper:Paper) -> str:
     "What the study has nothing for, with the commands that would change this."
     missing = [f"{in_words(m)} (`{_command_with(paper, m)}`)" for m in ("full", "head") if m not in paper.methods]
-    if not init_table(paper): missing.append(f"{PAIRED['ablation_init']} (`peft-study study ablation_init`)")
-    if not official_table(paper): missing.append(f"{PAIRED['official']} (`peft-study study official`)")
+    there = dict(ablation_init=init_table(paper), official=official_table(paper))
+    sections = read_ini(settings_file()).sections()   # settings of one's own may declare neither study
+    missing += [f"{PAIRED[s]} (`peft-study study {s}`)" for s, table in there.items() if not table and s in sections]
     return f"Not part of this study: {'; '.join(missing)}." if missing else ""
 
 # %% ../nbs/24_paper.ipynb #aafa7433

@@ -45,6 +45,8 @@ class Shift(Method):
 
 def recall(p, y): return ((p == y) & (y == 1)).sum(-1) / (y == 1).sum(-1).clip(1)
 RECALL = Metric(recall, recall)
+def error(p, y): return (p != y).mean(-1)
+ERROR = Metric(error, error)
 """
 METRICS = ("accuracy", "macro_f1", "mine_too:RECALL")
 WORDS = dict(bad="dull", fair="long", good="fine")
@@ -130,6 +132,7 @@ BAD = [
     (dict(old="bad,fair,good", new="bad,fair,good,superb"), "no training example has the label 'superb'"),
     (dict(old="accuracy,macro_f1", new="accuracy,bleu"), "unknown metric 'bleu': use one of matthews, accuracy, f1"),
     (dict(old="mine_too:RECALL", new="mine_too:recall"), "metric 'mine_too:recall' is no peft_study.glue.Metric"),
+    (dict(old="mine_too:RECALL", new="mine_too:ERROR"), "must be 1 where all predictions are right, and is 0"),
     (dict(old="mine_too:RECALL", new="no_such:X"), "metric 'no_such:X': ModuleNotFoundError"),
     (dict(old="accuracy,macro_f1", new="f1"), "metric 'f1' is for two classes, and this task has 3 classes"),
     (dict(old="data = reviews", new="data = elsewhere"), "data 'elsewhere': no such folder"),
@@ -138,7 +141,7 @@ BAD = [
     (dict(flags=["--task", "revews"]), "unknown task_name 'revews': use one of cola"),
     (dict(flags=["--task", "no_such:TASK"]), "task_name 'no_such:TASK': ModuleNotFoundError"),
     (dict(flags=["--task", "json:dumps"]), "task_name 'json:dumps' is no peft_study.glue.Task"),
-    (dict(old="[task.reviews]", new="[task.rte]", flags=["--task", "rte"]), "[task.rte]: GLUE has a rte; take another"),
+    (dict(old="[task.boolq]", new="[task.rte]"), "[task.rte]: GLUE has a rte; take another"),
     (dict(gone="reviews/dev.csv"), "dev.tsv, .csv or .parquet is missing; reviews needs its train and dev files"),
     (dict(flags=["--optimizer", "sgd"]), "optimizer must be adamw or package.module:function, got 'sgd'"),
     (dict(flags=["--optimizer", "no_such:sgd"]), "optimizer 'no_such:sgd': ModuleNotFoundError"),

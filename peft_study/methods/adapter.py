@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 from ..encoders import Sites, Sizes
 from ..glue import BadInput
-from .core import Method
+from .core import Method, in_norm
 
 # %% ../../nbs/methods/02_adapter.ipynb #5dfb3ac8
 def bottleneck(a, x): # x (batch, length, H)
@@ -96,7 +96,7 @@ class Adapter(Method):
                 model.get_submodule(end).register_forward_hook(partial(parallel_forward, passed))
         return model
 
-    def trains(self, name:str, sites:Sites) -> bool: return self.placement == "houlsby" and "norm" in name.lower()
+    def trains(self, name:str, sites:Sites) -> bool: return self.placement == "houlsby" and in_norm(name)
 
     def n_parameters(self, s:Sizes) -> int:
         H, m = s.H, self.bottleneck_size

@@ -7,7 +7,7 @@ __all__ = ['LayerNorm']
 
 # %% ../../nbs/methods/06_layernorm.ipynb #b4fdce94
 from ..encoders import Sites, Sizes
-from .core import Method
+from .core import Method, in_norm
 
 # %% ../../nbs/methods/06_layernorm.ipynb #87b862ff
 class LayerNorm(Method):
@@ -18,5 +18,5 @@ class LayerNorm(Method):
     mergeable = True   # it changes the encoder's own weights, or none
     default_lr = 2e-3
 
-    def trains(self, name:str, sites:Sites) -> bool: return "norm" in name.lower()
+    def trains(self, name:str, sites:Sites) -> bool: return in_norm(name)
     def n_parameters(self, s:Sizes) -> int: return s.layer_norms
