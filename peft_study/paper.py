@@ -974,6 +974,7 @@ def in_short(paper:Paper) -> str:
     what += ". Intervals (95%) are over seeds and dev examples." if paper.seeds >= 3 else "."
     answers = [f"- **How close?** {sentences(_how_close(paper), told_apart(paper))}",
                f"- **How many parameters?** {_how_many(paper)}"]
+    if not paper.marks.learned.empty: answers.append(f"- **What learns?** {_learned_text(paper)}")
     if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {flattery(paper)}")
     if edge := at_the_edge(paper): answers.append(f"- **Limits.** {edge}")
     return "\n\n".join([what, short_table(paper), "\n".join(answers)])
