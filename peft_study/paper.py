@@ -536,11 +536,14 @@ def _learned_text(paper:Paper) -> str:
     rule = f"A method counts as having learned where its 95% interval is above {floor}."
     if paper.seeds < 3: rule = f"A method counts as having learned where its score is above {floor}."
     all_have = "All have, on every task." if len(paper.best) > 1 else "It has."
-    found = []
+    found = {}
     for place, title in paper.places.items():
-        idle = [m for m in paper.methods if m in set(at_place(paper.best, place).label) and marks.not_learned(place, m)]
-        if idle: found.append(f"{listed(in_words(m) for m in idle)} on {title}")
-    return sentences(rule, f"This is not shown of {'; of '.join(found)}." if found else all_have)
+        here = [m for m in paper.methods if m in set(at_place(paper.best, place).label)]
+        idle = [m for m in here if marks.not_learned(place, m)]
+        which = "any method" if 1 < len(idle) == len(here) else listed(in_words(m) for m in idle)
+        if idle: found.setdefault(which, []).append(title)
+    where = "; ".join(f"for {which} on {paper.on(titles)}" for which, titles in found.items())
+    return sentences(rule, f"This is not shown {where}." if found else all_have)
 
 def _probe_text(paper:Paper) -> str:
     ground = floors(paper.table, paper.examples)
@@ -944,7 +947,8 @@ def _against_full(paper:Paper, cell) -> str:
     return f"{difference} ({percent(found['low'])} to {percent(found['high'])})"
 
 def short_table(paper:Paper) -> str:
-    "Markdown: a row a method and size; a task has its score ± half of its interval, and the difference to full."
+    """Markdown: a row a method and size; a task has its score ± half of its interval, and below it the difference
+    to full."""
     cells = {}
     for place in paper.places:
         here = at_place(paper.cells, place)
@@ -953,31 +957,33 @@ def short_table(paper:Paper) -> str:
             c = cell.iloc[0]
             score = f"{percent(c.score)}{half_width(c.low, c.high)}"
             row = cells.setdefault((c.label, c["size"]), dict(parameters=c.parameters))
-            row[place] = [score, _against_full(paper, cell)]
+            difference = _against_full(paper, cell)
+            row[place] = f"{score}<br>{difference}" if difference else score
     constants = floors(paper.table, paper.examples)
     first = ["a constant prediction", ""]
-    for place in paper.places: first += [percent(at_place(constants, place).constant.iloc[0]), ""]
+    first += [percent(at_place(constants, place).constant.iloc[0]) for place in paper.places]
     rows = [first]
     for (label, size), row in cells.items():
-        scores = [text for place in paper.places for text in row.get(place, ["—", "—"])]
+        scores = [row.get(place, "—") for place in paper.places]
         rows.append([capital(with_size(label, size)), f"{row['parameters']:,}", *scores])
-    header = ["", "trainable parameters"]
-    for title in paper.places.values(): header += [f"{title}, %", "against full, points"]
+    header = ["", "trainable parameters", *(f"{title}, %" for title in paper.places.values())]
     return markdown_table(header, rows)
 
 def in_short(paper:Paper) -> str:
     "Markdown: what was done, the table, and what it shows."
-    runs, seeds = plural(len(paper.done), "run"), seeds_in_words(paper.runs.seed)
+    runs, seeds, epochs = plural(len(paper.done), "run"), seeds_in_words(paper.runs.seed), set(paper.done.n_epochs)
+    if len(epochs) == 1: runs += f" of {plural(int(epochs.pop()), 'epoch')}"
     if has_costs(paper): runs += f" ({paper.done.cost_train_seconds.sum() / 3600:.1f} hours of training)"
     what = f"{listed(paper.encoders)} on {paper.where()}, {runs}; dev scores of {seeds}"
     if paper.two_stages: what += ", after another seed has tuned on a held-out part of the training set"
-    what += ". Intervals (95%) are over seeds and dev examples." if paper.seeds >= 3 else "."
+    below = "" if paper.comparisons.empty else "Below each score is its difference to full fine-tuning, in points."
+    intervals = "Intervals (95%) are over seeds and dev examples." if paper.seeds >= 3 else ""
     answers = [f"- **How close?** {sentences(_how_close(paper), told_apart(paper))}",
                f"- **How many parameters?** {_how_many(paper)}"]
     if not paper.marks.learned.empty: answers.append(f"- **What learns?** {_learned_text(paper)}")
     if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {flattery(paper)}")
     if edge := at_the_edge(paper): answers.append(f"- **Limits.** {edge}")
-    return "\n\n".join([what, short_table(paper), "\n".join(answers)])
+    return "\n\n".join([sentences(f"{what}.", below, intervals), short_table(paper), "\n".join(answers)])
 
 # %% ../nbs/24_paper.ipynb #7c1ae333
 def reproduce_text(paper:Paper) -> str:

@@ -200,8 +200,9 @@ def _draw_scaling(ax, runs, colours, band, published):
 
 # %% ../nbs/22_plots.ipynb #3e62c8f1
 def _panels(n:int, height:float=3.3):
-    "Figure and axes of n panels, three in a row."
-    rows, across = -(-n // 3) or 1, min(3, max(1, n))
+    "Figure and axes of n panels, three in a row; four are a square."
+    across = 2 if n == 4 else min(3, max(1, n))
+    rows = -(-n // across) or 1
     size = (.6 + 3.6 * across, height * rows)
     fig, axes = plt.subplots(rows, across, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[n:]: ax.axis("off")
