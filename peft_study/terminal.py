@@ -8,7 +8,10 @@ __all__ = ['warn_of_gpus', 'warn_of_budgets', 'report_run', 'print_table', 'trai
 
 # %% ../nbs/25_terminal.ipynb #7e000003
 import os, sys
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from .glue import BadInput, get_task, in_order
 
 # %% ../nbs/25_terminal.ipynb #7e000006
@@ -132,6 +135,18 @@ def _time_left(rows, seconds, results, outputs) -> str:
     device = f" on {device_of(results[0])}" if results else ""
     return f"{hours:.1f} h of training left, as fast as finished runs were{device}"
 
+@contextmanager
+def _as_started(study, outputs): # yields a folder
+    "What `outputs` would have when the study starts, which takes in published runs; nothing is written there."
+    from peft_study.records import adopt
+    with TemporaryDirectory() as folder:
+        for run in Path(outputs).glob("*/runs/*"):
+            link = Path(folder)/run.relative_to(outputs)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(run.absolute())
+        adopt(study.name, folder)
+        yield folder
+
 def list_study(study, outputs, console):
     "What the study would run: status, parameters, and the time it takes, as far as finished runs tell."
     from rich.markup import escape
@@ -139,7 +154,8 @@ def list_study(study, outputs, console):
     from peft_study.sweep import all_results, estimate, on_one_device
     _go_offline_if_unreachable()
     warn_of_budgets(study)
-    results, rows = on_one_device(all_results(outputs)), _planned(study, outputs)
+    with _as_started(study, outputs) as folder:
+        results, rows = on_one_device(all_results(folder)), _planned(study, folder)
     seconds = [estimate(config, results) for _, config, *_ in rows]
     several = len({config.checkpoint for config in study.configs}) > 1
     table = Table("run", *["checkpoint"] * several, "status", "parameters", "minutes", box=None)

@@ -70,6 +70,16 @@ def test_dry_runs(command, tmp_path):
     assert code == 0 and out.count("sst2-lora-r512-s") == 5 and "mnli" not in out, err
 
 
+def test_dry_run_counts_what_is_published(command, glue, tmp_path):
+    "A fresh clone lists published runs as done, as a start would find them, and writes nothing."
+    only = ["--tasks", "rte", "--methods", "head", "--data", str(glue), "--precision", "bf16", "--dry-run"]
+    code, out, err = command("study", "small", *only, cwd=REPO, outputs=tmp_path/"new")
+    assert code == 0 and "8 runs; 0.0 h of training left" in out and out.count(" done ") == 8, out + err
+    assert not (tmp_path/"new").exists()
+    code, out, err = command("study", "small", *only, "--lr", "5e-3", cwd=REPO, outputs=tmp_path/"new")
+    assert code == 0 and out.count(" unfinished ") == 1 and "5 seeds of the configuration that will be chosen" in out, out
+
+
 def test_one_cell_of_encoders(command, tmp_path):
     one = flags(methods="lora", lr=1e-3, final_seeds="none")
     code, out, err = command("study", "encoders", *one, *QUICK, cwd=REPO, outputs=tmp_path)
