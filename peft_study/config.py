@@ -223,8 +223,8 @@ def _method_of(section:str) -> str:
 
 # %% ../nbs/05_config.ipynb #a26d6f14
 def _settings_of(ini:ConfigParser, name:str, overrides:dict, file:str): # → (section, settings)
-    """The settings of each section of a study; an override goes where its setting is known, which is somewhere.
-    Of a section that names tasks of its own, an override of the tasks keeps those that are in both."""
+    """The settings of each section of a study; an override goes where its setting is known, and must be known
+    somewhere. Of a section that names tasks of its own, an override of the tasks keeps those that are in both."""
     known = set(RunConfig.model_fields) - {"method"}
     common = dict(ini[name]) if name in ini else {}
     common.pop("final_seeds", None)   # the study's own

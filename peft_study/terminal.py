@@ -140,11 +140,11 @@ def _as_started(study, outputs): # yields a folder
     "What `outputs` would have when the study starts, which takes in published runs; nothing is written there."
     from peft_study.records import adopt
     with TemporaryDirectory() as folder:
+        adopt(study.name, folder)   # first, so that it does not write through a link
         for run in Path(outputs).glob("*/runs/*"):
             link = Path(folder)/run.relative_to(outputs)
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(run.absolute())
-        adopt(study.name, folder)
+            if not link.exists(): link.symlink_to(run.absolute())
         yield folder
 
 def list_study(study, outputs, console):

@@ -76,6 +76,10 @@ def test_dry_run_counts_what_is_published(command, glue, tmp_path):
     code, out, err = command("study", "small", *only, cwd=REPO, outputs=tmp_path/"new")
     assert code == 0 and "8 runs; 0.0 h of training left" in out and out.count(" done ") == 8, out + err
     assert not (tmp_path/"new").exists()
+    begun = tmp_path/"begun/small/runs/rte-head-all-s1-cd8ab1ae"   # published, and begun here as well
+    begun.mkdir(parents=True)
+    code, out, err = command("study", "small", *only, cwd=REPO, outputs=tmp_path/"begun")
+    assert code == 0 and out.count(" done ") == 8 and not list(begun.iterdir()), out + err
     code, out, err = command("study", "small", *only, "--lr", "5e-3", cwd=REPO, outputs=tmp_path/"new")
     assert code == 0 and out.count(" unfinished ") == 1 and "5 seeds of the configuration that will" in out
 
