@@ -817,6 +817,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'peft_study.records._publish_page': ('records.html#_publish_page', 'peft_study/records.py'),
                                     'peft_study.records._publish_run': ('records.html#_publish_run', 'peft_study/records.py'),
                                     'peft_study.records.adopt': ('records.html#adopt', 'peft_study/records.py'),
+                                    'peft_study.records.begun': ('records.html#begun', 'peft_study/records.py'),
                                     'peft_study.records.publish': ('records.html#publish', 'peft_study/records.py'),
                                     'peft_study.records.records_folder': ('records.html#records_folder', 'peft_study/records.py')},
             'peft_study.report': { 'peft_study.report.Marks': ('report.html#marks', 'peft_study/report.py'),

@@ -276,12 +276,12 @@ def study_(ctx:typer.Context, settings, name:Annotated[str, typer.Argument(help=
     a grid."""
     from rich.console import Console
     from peft_study.config import read_study
-    from peft_study.sweep import read_record
+    from peft_study.records import begun
     if tasks: settings["task_name"] = " ".join(_split(tasks))
     if final_seeds: settings["final_seeds"] = final_seeds
     overrides = {k: str(v).lower() if isinstance(v, bool) else v for k, v in settings.items()}
-    begun = read_record(settings.get("study", name), outputs)
-    study = read_study(name, overrides=overrides, methods=_split(methods), auto=begun.get("auto"))
+    auto = begun(settings.get("study", name), outputs).get("auto")
+    study = read_study(name, overrides=overrides, methods=_split(methods), auto=auto)
     for config in study.configs: get_task(config.task_name)
     if shard: study = study.shard(shard)
     if dry_run: list_study(study, outputs, Console(width=None if sys.stdout.isatty() else 200))
@@ -296,9 +296,9 @@ def demo(outputs:Outputs=Path("outputs"),
              min=1, help="runs at a time (default: 2 where there are cores for it)")]=None):
     "The demo study and its report: offline, MiniLM on synthetic data, some minutes."
     from peft_study.config import read_study
+    from peft_study.records import begun
     from peft_study.runs import cores
-    from peft_study.sweep import read_record
-    study = read_study("demo", auto=read_record("demo", outputs).get("auto"))
+    study = read_study("demo", auto=begun("demo", outputs).get("auto"))
     run_and_summarise(study, outputs, _engine("local", outputs, jobs or min(2, cores()), 10))
     write_report("demo", outputs, ["html", "typst"])
 

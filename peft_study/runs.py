@@ -253,8 +253,9 @@ def exit_with_parent(pid:int):
 
 # %% ../nbs/08_runs.ipynb #395c53c7
 def status(folder) -> str:
-    "done, running, failed (its error is in error.txt), or unfinished."
+    "done, running, failed (its error is in error.txt), unfinished, or to come where there is nothing yet."
     if is_done(folder): return "done"
+    if not Path(folder).is_dir(): return "to come"
     if lock_owner(folder): return "running"
     return "failed" if (Path(folder)/"error.txt").is_file() else "unfinished"
 
