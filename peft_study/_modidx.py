@@ -707,6 +707,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'peft_study.paper._range': ('paper.html#_range', 'peft_study/paper.py'),
                                   'peft_study.paper._stages_text': ('paper.html#_stages_text', 'peft_study/paper.py'),
                                   'peft_study.paper._synthetic_text': ('paper.html#_synthetic_text', 'peft_study/paper.py'),
+                                  'peft_study.paper._unequal_text': ('paper.html#_unequal_text', 'peft_study/paper.py'),
                                   'peft_study.paper._waiting': ('paper.html#_waiting', 'peft_study/paper.py'),
                                   'peft_study.paper._with_other': ('paper.html#_with_other', 'peft_study/paper.py'),
                                   'peft_study.paper._without_result': ('paper.html#_without_result', 'peft_study/paper.py'),

@@ -454,12 +454,19 @@ def _stages_text(paper:Paper) -> str:
             f"({plural(len(final), 'run')}). Tables, figures and tests use the second stage alone.")
 
 def _budget_text(paper:Paper) -> str:
-    "What each cell could choose from."
-    tried = paper.cells.tried
-    if len(tried) == 1 and tried.iloc[0] == 1: return ""
-    if tried.nunique() == 1: return f"Each cell tries {plural(int(tried.iloc[0]), 'configuration')}."
-    few, many = (paper.cells.loc[i] for i in (tried.idxmin(), tried.idxmax()))
-    def named(c): return f"{with_size(c.label, c['size'])} on {paper.places[tuple(c[PLACE])]} has {c.tried:.0f}"
+    "What each cell could choose from. Methods compare within a task, so that tasks may differ."
+    if len(paper.cells) == 1 and paper.cells.tried.iloc[0] == 1: return ""
+    titles = {}   # so many configurations → the tasks whose cells try so many
+    for place, title in paper.places.items():
+        cells = at_place(paper.cells, place)
+        few, many = (cells.loc[i] for i in (cells.tried.idxmin(), cells.tried.idxmax()))
+        if few.tried < many.tried: return _unequal_text(title, few, many)
+        titles.setdefault(plural(int(few.tried), "configuration"), []).append(title)
+    if len(titles) == 1: return f"Each cell tries {listed(titles)}."
+    return f"Each cell tries {listed(f'{n} on {listed(on)}' for n, on in titles.items())}."
+
+def _unequal_text(title, few, many) -> str:
+    def named(c): return f"{with_size(c.label, c['size'])} on {title} has {c.tried:.0f}"
     return ("**Cells choose from different numbers of configurations, which favours those with more**: "
             f"{named(few)}, {named(many)}.")
 
@@ -830,6 +837,7 @@ def curves_figure(paper:Paper): return curves_by_place(chosen_runs(paper), paper
 def limits(paper:Paper) -> str:
     "Markdown, a list."
     seeds = plural(paper.seeds, "seed")
+    unequal = any(at_place(paper.best, place).tried.nunique() > 1 for place in paper.places)
     checks = [
         (paper.synthetic, "The data are synthetic and made from a seed. They test that methods learn; they do not "
                           "rank methods."),
@@ -842,10 +850,9 @@ def limits(paper:Paper) -> str:
          "hard to beat there."),
         ("wnli" in paper.tasks and not paper.synthetic and paper.tuned,
          "WNLI's tuning split shares sentences with the rest of its training set as well, so that it chooses badly."),
-        (paper.best.tried.nunique() > 1, "Methods had different numbers of configurations, sizes included, to "
-                                         "choose from" +
+        (unequal, "Methods had different numbers of configurations, sizes included, to choose from" +
          ("." if paper.tuned else ", and the best was chosen on the dev set that is reported.")),
-        (not paper.tuned and paper.best.tried.nunique() == 1 and paper.best.tried.max() > 1,
+        (not paper.tuned and not unequal and paper.best.tried.max() > 1,
          "The best of several configurations was chosen on the dev set that is reported."),
         (paper.runs.n_epochs.nunique() > 1, "Budgets are unequal: the number of epochs differs between methods or "
                                             "tasks (@tbl-setup)."),

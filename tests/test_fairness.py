@@ -3,6 +3,7 @@ import json, math, shutil
 import nbformat, numpy as np, pandas as pd, pytest
 from fabricate import final_seeds, run_folder
 from peft_study.glue import BadInput
+from peft_study.paper import Paper, limits, protocol_text
 from peft_study.report import Trace, execute_report, main_table, pair_table
 from peft_study.results import (DevExamples, best_runs, cell_means, compare, learned, load_runs, not_reported,
                                 paired, pairs, predictions_of, publish_predictions, reported)
@@ -143,6 +144,22 @@ def test_report_of_two_stages(tmp_path):
     lora = cell_means(table).set_index("label").loc["lora"]
     score = f"{100 * lora.score:.1f}"
     assert lora.n == 3 and f"| {score}" not in text and f"[{score}](runs.html#tbl-sizes-rte-lora-r8)" in text
+
+
+def test_tasks_may_differ_in_their_budget(tmp_path):
+    "Methods are compared within a task: unequal is what is unequal there."
+    def tried(task, method, *rates):
+        for rate in rates: run_folder(tmp_path, .8, task_name=task, method=method, lr=rate, tune_share=.1)
+    def said_of_budgets():
+        paper = Paper("made_up", tmp_path)
+        return protocol_text(paper).rsplit(". ", 1)[1], "different numbers of configurations" in limits(paper)
+    for method in ("full", "lora"): tried("rte", method, 1e-3, 2e-3)
+    assert said_of_budgets() == ("Each cell tries 2 configurations.", False)
+    for method in ("full", "lora"): tried("mrpc", method, 1e-3)
+    assert said_of_budgets() == ("Each cell tries one configuration on MRPC and 2 configurations on RTE.", False)
+    tried("mrpc", "lora", 2e-3)
+    last, unequal = said_of_budgets()
+    assert unequal and last.endswith("full fine-tuning on MRPC has 1, LoRA with r = 8 on MRPC has 2.")
 
 
 def test_run_folders_of_former_versions(tmp_path):
