@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates', 'seeds_in_words', 'in_words', 'with_size', 'be',
-           'points_from', 'capital', 'Paper', 'against_full', 'encoder_config', 'learning_parts', 'abstract',
-           'code_address', 'origin', 'about_full', 'about_probe', 'layer_figure', 'methods_table', 'data_text',
-           'data_table', 'setup_table', 'common_settings', 'setup_text', 'protocol_text', 'status_text', 'scores_text',
-           'told_apart', 'comparison_text', 'parameters_table', 'parameters_text', 'difference_to_full', 'enough',
-           'flattery', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text', 'cost_is_drawn', 'chosen_runs',
-           'curves_text', 'init_table', 'init_text', 'official_table', 'official_text', 'published', 'published_text',
-           'published_scaling_text', 'published_table', 'published_figure', 'map_figure', 'scaling_figure',
-           'relative_figure', 'tuning_figure', 'cost_figure', 'curves_figure', 'limits', 'not_part', 'conclusion',
-           'short_table', 'in_short', 'reproduce_text', 'environment_table', 'runs_table']
+           'points_from', 'capital', 'Paper', 'against_full', 'tally', 'decided', 'encoder_config', 'learning_parts',
+           'abstract', 'code_address', 'origin', 'about_full', 'about_probe', 'layer_figure', 'methods_table',
+           'data_text', 'data_table', 'setup_table', 'common_settings', 'setup_text', 'protocol_text', 'status_text',
+           'scores_text', 'told_apart', 'comparison_text', 'parameters_table', 'parameters_text', 'difference_to_full',
+           'enough', 'flattery', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text', 'cost_is_drawn', 'chosen_runs',
+           'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict', 'official_verdict',
+           'init_text', 'official_text', 'published', 'published_text', 'published_scaling_text', 'published_table',
+           'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure', 'cost_figure',
+           'curves_figure', 'limits', 'not_part', 'conclusion', 'short_table', 'in_short', 'reproduce_text',
+           'environment_table', 'runs_table']
 
 # %% ../nbs/24_paper.ipynb #d326cd8d
 import re, subprocess
@@ -34,8 +35,8 @@ from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, ex
 from .report import (Marks, Trace, as_it_is, half_width, ordered_cells, markdown_table, pair_table,
                                percent, shown_size)
 from .results import (CELL, PLACE, DevExamples, best_sizes, budget_curves, cell_means, compare,
-                                compare_over_tasks, done, floors, load_runs, methods_in, not_reported, paired,
-                                reported, runs_of, studies, usual_claims)
+                                compare_over_tasks, compare_pairs, done, floors, load_runs, methods_in, not_reported,
+                                paired, reported, runs_of, studies, usual_claims)
 from .runs import read_config, read_record
 from .statistics import glue_score, is_enough
 
@@ -151,15 +152,27 @@ class Paper:
 
 # %% ../nbs/24_paper.ipynb #29b951e5
 def against_full(paper:Paper) -> pd.DataFrame:
-    "A row a method: `n` places, mean `difference`, and in how many its interval is `below` zero, `above`, or `open`."
-    rows = []
-    for label in methods_in(paper.comparisons):
-        here = paper.comparisons[paper.comparisons.label == label]
-        known = here[here.p.notna()]   # at least three seeds; of equal scores there is a p, and no interval
-        below, above = int((known.high < 0).sum()), int((known.low > 0).sum())
-        rows.append(dict(label=label, n=len(here), difference=here.difference.mean(), known=len(known), below=below,
-                         above=above, open=len(known) - below - above))
+    "A row a method: `tally` of its places."
+    every = paper.comparisons
+    rows = [dict(label=m) | tally(every[every.label == m]) for m in methods_in(every)]
     return pd.DataFrame(rows, columns=["label", "n", "difference", "known", "below", "above", "open"])
+
+def tally(found) -> dict: # found: rows of comparisons
+    "Of `n` comparisons the mean `difference`, and in how many its interval is `below` zero, `above`, or `open`."
+    known = found[found.p.notna()]   # at least three seeds; of equal scores there is a p, and no interval
+    below, above = int((known.high < 0).sum()), int((known.low > 0).sum())
+    return dict(n=len(found), difference=found.difference.mean(), known=len(known), below=below, above=above,
+                open=len(known) - below - above)
+
+def decided(subject:str, row:dict, other:str, unit:str) -> str: # subject: with its verb; row: of `tally`
+    "How something compares with something other, and on how many tasks this is more than chance."
+    start = capital(f"{subject} {points_from(row['difference'])} {other}")
+    if row["n"] == 1:
+        if not row["known"]: return f"{start}."
+        return f"{start}, {'which chance could explain' if row['open'] else 'which is more than chance explains'}."
+    words = dict(below="worse on", above="better on", open="not told apart on")
+    counts = [f"{word} {row[side]}" for side, word in words.items() if row[side]]
+    return f"{start} on average over {plural(row['n'], unit)}" + (f": {listed(counts)}." if counts else ".")
 
 # %% ../nbs/24_paper.ipynb #63bf4634
 @cache
@@ -749,8 +762,9 @@ def curves_text(paper:Paper) -> str:
             "line for each seed.")
 
 # %% ../nbs/24_paper.ipynb #4dbb78f9
-PAIRED = dict(ablation_init="a comparison of two initialisations of adapters",
-              official="a comparison of the methods written from scratch with those of Hugging Face PEFT")
+PAIRED = dict(ablation_init=("a comparison of two initialisations of adapters", "init", [("near", "framework")]),
+              official=("a comparison of the methods written from scratch with those of Hugging Face PEFT", "method",
+                        [(ours, "hf_" + ours) for ours in ("lora", "prompt", "prefix", "ia3")]))
 
 def _with_other(paper:Paper, name:str):
     "The runs of the study, and of another where it is there."
@@ -759,26 +773,53 @@ def _with_other(paper:Paper, name:str):
     return pd.concat(tables)
 
 @cache
-def init_table(paper:Paper) -> str:
-    table = _with_other(paper, "ablation_init")
-    if "init" not in table: return ""
-    return pair_table(table, "init", [("near", "framework")], paper.trace, paper.examples, "tbl-init")
+def paired_runs(paper:Paper, name:str):
+    "`compare_pairs` for a comparison of `PAIRED`."
+    _, column, two = PAIRED[name]
+    return compare_pairs(_with_other(paper, name), column, two, paper.examples)
+
+def _pairs_table(paper:Paper, name:str, label:str) -> str:
+    return pair_table(_with_other(paper, name), paired_runs(paper, name), paper.trace, label)
+
+def init_table(paper:Paper) -> str: return _pairs_table(paper, "ablation_init", "tbl-init")
+
+def official_table(paper:Paper) -> str: return _pairs_table(paper, "official", "tbl-official")
+
+def init_verdict(paper:Paper) -> str:
+    "What the start of adapters changes; empty where it was not compared."
+    found = paired_runs(paper, "ablation_init")
+    def near(size): return f"{with_size('adapter', size)} that start near the identity are"
+    return _verdict(found, [(near(size), rows) for size, rows in found.groupby("size", sort=False)],
+                    "those that start at the framework's default")
+
+def official_verdict(paper:Paper) -> str:
+    "How the methods of this project differ from those of 🤗 PEFT; empty where they were not compared."
+    found = paired_runs(paper, "official")
+    text = _verdict(found, [(f"{in_words(m)} is", rows) for m, rows in found.groupby("first", sort=False)],
+                    "its implementation in Hugging Face PEFT")
+    reach = found[["low", "high"]].abs().max(axis=None)
+    return sentences(text, f"No interval goes beyond {number(100 * reach)} points from zero." if reach == reach else "")
+
+def _verdict(found, groups:list[tuple], other:str) -> str: # groups: (subject and verb, rows of found)
+    if found.empty: return ""
+    on = f"on {listed(dict.fromkeys(get_task(t).title for t in found.task_name))}, "
+    unit = "task" if all(rows.task_name.is_unique for _, rows in groups) else "comparison"
+    each = [decided(on * (i == 0) + subject, tally(rows), other, unit) for i, (subject, rows) in enumerate(groups)]
+    low = int((found.p_holm < .05).sum())
+    known = f"After Holm's correction, p is below 0.05 in {out_of(low, len(found), 'comparison')}."
+    return sentences(*each, known if found.p.notna().all() else "")
 
 def init_text(paper:Paper) -> str:
     if not init_table(paper): return ""
-    return ("@tbl-init compares adapters that start near the identity with adapters that start at the framework's "
-            "default. Runs of one seed are pairs.")
-
-@cache
-def official_table(paper:Paper) -> str:
-    pairs = [(ours, "hf_" + ours) for ours in ("lora", "prompt", "prefix", "ia3")]
-    return pair_table(_with_other(paper, "official"), "method", pairs, paper.trace, paper.examples, "tbl-official")
+    return sentences("@tbl-init compares adapters that start near the identity with adapters that start at the "
+                     "framework's default. Runs of one seed are pairs.", init_verdict(paper))
 
 def official_text(paper:Paper) -> str:
     if not official_table(paper): return ""
-    return ("@tbl-official compares methods that are written from scratch here with those of Hugging Face PEFT in "
-            "the same training loop. Their logits and gradients are equal to 1e-5 from the same weights, which "
-            "`tests/test_peft.py` checks; scores differ because initial values do.")
+    return sentences("@tbl-official compares methods that are written from scratch here with those of Hugging Face "
+                     "PEFT in the same training loop. Their logits and gradients are equal to 1e-5 from the same "
+                     "weights, which `tests/test_peft.py` checks; scores differ because initial values do.",
+                     official_verdict(paper))
 
 # %% ../nbs/24_paper.ipynb #717aeed7
 def published(name:str) -> pd.DataFrame: return pd.read_csv(root()/"reports"/"published"/name)
@@ -876,9 +917,9 @@ def _command_with(paper:Paper, method:str) -> str:
 def not_part(paper:Paper) -> str:
     "What the study has nothing for, with the commands that would change this."
     missing = [f"{in_words(m)} (`{_command_with(paper, m)}`)" for m in ("full", "head") if m not in paper.methods]
-    there = dict(ablation_init=init_table(paper), official=official_table(paper))
     sections = read_ini(settings_file()).sections()   # settings of one's own may declare neither study
-    missing += [f"{PAIRED[s]} (`peft-study study {s}`)" for s, table in there.items() if not table and s in sections]
+    missing += [f"{what} (`peft-study study {name}`)" for name, (what, *_) in PAIRED.items()
+                if name in sections and paired_runs(paper, name).empty]
     return f"Not part of this study: {'; '.join(missing)}." if missing else ""
 
 # %% ../nbs/24_paper.ipynb #aafa7433
@@ -894,17 +935,11 @@ def _how_close(paper:Paper) -> str:
     found = found[found.label != "head"]
     if found.empty: return "The study does not say: it has no full fine-tuning beside another method on the same task."
     caution = "" if found.known.any() else "Without three seeds, none of this is told from chance."
-    return sentences(*(_decided(row, paper.unit()) for row in found.itertuples()), caution)
+    return sentences(*(_against(row, paper.unit()) for row in found.to_dict("records")), caution)
 
-def _decided(row, unit:str) -> str:
-    "How a method compares with full fine-tuning, and on how many tasks this is more than chance."
-    start = capital(f"{in_words(row.label)} {be(row.label)} {points_from(row.difference)} full fine-tuning")
-    if row.n == 1:
-        if not row.known: return f"{start}."
-        return f"{start}, {'which chance could explain' if row.open else 'which is more than chance explains'}."
-    words = dict(below="worse on", above="better on", open="not told apart on")
-    counts = [f"{word} {getattr(row, side)}" for side, word in words.items() if getattr(row, side)]
-    return f"{start} on average over {plural(row.n, unit)}" + (f": {listed(counts)}." if counts else ".")
+def _against(row:dict, unit:str) -> str:
+    label = row["label"]
+    return decided(f"{in_words(label)} {be(label)}", row, "full fine-tuning", unit)
 
 def _how_many(paper:Paper) -> str:
     parts = learning_parts(paper)
@@ -920,18 +955,24 @@ def _how_many(paper:Paper) -> str:
     return sentences(*text)
 
 def _by_size(paper:Paper, label:str) -> str:
-    "What the largest size of a method brings over its smallest, where it has several."
-    gains, ends = [], set()
-    for place in paper.places:
+    "What the largest size of a method brings over its smallest, where it has several: in pairs of one seed."
+    found = {}
+    for place, title in paper.places.items():
         here = at_place(paper.cells, place)
         here = here[here.label == label].sort_values("parameters")
         if len(here) < 2: continue
-        gains.append(here.score.iloc[-1] - here.score.iloc[0])
-        ends.add((here["size"].iloc[0], here["size"].iloc[-1]))
-    if len(ends) != 1: return ""
-    (small, large), mean = ends.pop(), sum(gains) / len(gains)
-    rest = " on average." if len(gains) > 1 else "."
-    return capital(f"{with_size(label, large)} {be(label)} {points_from(mean)} {with_size(label, small)}{rest}")
+        small, large = here.iloc[[0]], here.iloc[[-1]]
+        gain = paired(runs_of(paper.table, large), runs_of(paper.table, small), paper.examples)
+        if gain["n"]: found.setdefault((small["size"].iloc[0], large["size"].iloc[0]), []).append((title, gain))
+    return sentences(*(_gain_text(label, *ends, gains) for ends, gains in found.items()))
+
+def _gain_text(label, small, large, gains) -> str:
+    def said(title, gain):
+        known = gain["low"] == gain["low"]
+        interval = f" ({percent(gain['low'])} to {percent(gain['high'])})" if known else ""
+        return f"{percent(gain['difference'], '+z.1f')}{interval} on {title}"
+    return capital(f"{with_size(label, large)} against {shown_size(small)}, in points: "
+                   f"{listed(said(*gain) for gain in gains)}.")
 
 def _at_what_cost(paper:Paper) -> str:
     if not has_costs(paper): return "The runs do not say."
@@ -989,6 +1030,8 @@ def in_short(paper:Paper) -> str:
                f"- **How many parameters?** {_how_many(paper)}"]
     if not paper.marks.learned.empty: answers.append(f"- **What learns?** {_learned_text(paper)}")
     if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {flattery(paper)}")
+    if text := init_verdict(paper): answers.append(f"- **Must adapters start near the identity?** {text}")
+    if text := official_verdict(paper): answers.append(f"- **As the official implementations?** {text}")
     if edge := at_the_edge(paper): answers.append(f"- **Limits.** {edge}")
     return "\n\n".join([sentences(f"{what}.", below, intervals), short_table(paper), "\n".join(answers)])
 

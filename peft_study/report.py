@@ -26,8 +26,7 @@ from .methods.core import one_line
 from .kernels import execute_notebook
 from .plots import at_place, number, place_names, shown_method, shown_metrics
 from .results import (PLACE, DevExamples, best_sizes, cell_means, compare, done, floors, learned, load_runs,
-                                methods_in, paired, pairs, reported, runs_of, studies, usual_claims)
-from .statistics import holm
+                                methods_in, paired, reported, runs_of, studies, usual_claims)
 from .runs import read_config, write_atomic, write_json
 
 # %% ../nbs/23_report.ipynb #92fd9fda
@@ -187,19 +186,18 @@ def test_table(table, trace:Trace, examples:DevExamples, name:str="tbl-tests") -
     header = ["task", "method", "difference", "95% interval", "seeds", "p", "p (Holm)"]
     return markdown_table(header, rows, right=2) if rows else ""
 
-def pair_table(table, column:str, two:list[tuple], trace:Trace, examples:DevExamples, name:str) -> str: # two: (a, b), …
-    "Markdown: pairs of runs whose `column` is a, and b, and which differ in nothing else; empty where there are none."
-    groups = [(a, b, *group) for a, b in two for group in pairs(table, column, a, b)]
-    found = [paired(x, y, examples) for *_, x, y in groups]
-    corrected, named, rows = holm([f["p"] for f in found]), cell_names(table), []
-    titles = place_names(table)
-    for (a, b, shared, x, y), f, q in zip(groups, found, corrected):
-        place = tuple(shared[PLACE])
-        names = [named(place, shared["size"], f"{shared.lr:g}", str(v)) for v in (a, b)]
-        scores = [trace.cell(name, cell, percent(runs.score.mean()), runs) for cell, runs in zip(names, (x, y))]
-        sides = f"{shown_method(a)}, {shown_method(b)}" if column == "method" else f"{a}, {b}"
-        rows.append([titles[place], sides, shown_size(shared["size"]), f"{shared.lr:g}", *scores,
-                     points(f["difference"]), interval_text(f["low"], f["high"]), f["n"], p_text(f["p"]), p_text(q)])
+def pair_table(table, found, trace:Trace, name:str) -> str: # found: of `compare_pairs`
+    "Markdown; empty where there are no pairs."
+    named, titles, rows = cell_names(table), place_names(table), []
+    for f in found.to_dict("records"):
+        place, scores = tuple(f[p] for p in PLACE), []
+        for side in ("first", "second"):
+            runs = table[table.run_id.isin(f[side + "_runs"])]
+            cell = named(place, f["size"], f"{f['lr']:g}", str(f[side]))
+            scores.append(trace.cell(name, cell, percent(runs.score.mean()), runs))
+        sides = f"{shown_method(str(f['first']))}, {shown_method(str(f['second']))}"
+        rows.append([titles[place], sides, shown_size(f["size"]), f"{f['lr']:g}", *scores, points(f["difference"]),
+                     interval_text(f["low"], f["high"]), f["n"], p_text(f["p"]), p_text(f["p_holm"])])
     header = ["task", "first, second", "size", "lr", "first", "second", "difference", "95% interval", "seeds", "p",
               "p (Holm)"]
     return markdown_table(header, rows, right=3) if rows else ""

@@ -7,7 +7,7 @@ __all__ = ['FINGERPRINTS', 'FIRST', 'PLACE', 'CELL', 'DEV_FILE', 'flatten', 'cho
            'reported', 'not_reported', 'as_table', 'table_of', 'load_runs', 'done', 'methods_in', 'made_up', 'studies',
            'write_results', 'predictions_of', 'publish_predictions', 'decided', 'DevExamples', 'cell_means',
            'best_sizes', 'runs_of', 'best_runs', 'floors', 'learned', 'paired', 'compare', 'compare_over_tasks',
-           'pairs', 'usual_claims', 'budget_curves', 'compare_on_dev', 'disagreements']
+           'pairs', 'compare_pairs', 'usual_claims', 'budget_curves', 'compare_on_dev', 'disagreements']
 
 # %% ../nbs/18_results.ipynb #06cc9d41
 import hashlib, json, math, os
@@ -402,6 +402,7 @@ def compare_over_tasks(table, baseline:str="full"):
 def pairs(table, column:str, a, b) -> list[tuple]: # (what they share, runs of a, runs of b)
     "The finished runs whose `column` is `a`, and `b`, in groups that differ in nothing else but the seed."
     runs = done(table)
+    if column not in runs: return []
     for stages in (("final", "single"), ("tune",)):   # repetitions before runs of the grid
         two = runs[runs.stage.isin(stages) & runs[column].isin([a, b])]
         sides = [two[two[column] == v] for v in (a, b)]
@@ -416,6 +417,18 @@ def _settings(a, b, column) -> set[str]:
     "The settings in which runs may differ, but for what is compared, and for what names them."
     own = {name for m in method_names() for name in find_method(m).model_fields}
     return (set(RunConfig.model_fields) | own | {"size"}) - {"study", "seed", "checkpoint", "data", column}
+
+def compare_pairs(table, column:str, two:list[tuple], examples:DevExamples|None=None): # two: (a, b), …
+    """A row for each group of `pairs`: `first` (a) and `second` (b) with the ids of their runs, place, size, lr, then
+    `paired`, and `p_holm` over all rows."""
+    shared, rows = [*PLACE, "size", "lr"], []
+    for first, second in two:
+        for group, a, b in pairs(table, column, first, second):
+            sides = dict(first=first, second=second, first_runs=list(a.run_id), second_runs=list(b.run_id))
+            rows.append(sides | {name: group[name] for name in shared} | paired(a, b, examples))
+    out = pd.DataFrame(rows, columns=["first", "second", "first_runs", "second_runs", *shared, "difference", "n", "low",
+                                      "high", "p"])
+    return out.assign(p_holm=holm(out.p))
 
 # %% ../nbs/18_results.ipynb #fdef0278
 def usual_claims(table):

@@ -1,12 +1,13 @@
 "What is said about runs, where the truth is known: run folders with made-up results."
 import json, math, shutil
+from itertools import product
 import nbformat, numpy as np, pandas as pd, pytest
 from fabricate import final_seeds, run_folder
 from peft_study.glue import BadInput
-from peft_study.paper import Paper, limits, protocol_text
+from peft_study.paper import Paper, init_table, init_verdict, limits, protocol_text
 from peft_study.report import Trace, execute_report, main_table, pair_table
-from peft_study.results import (DevExamples, best_runs, cell_means, compare, learned, load_runs, not_reported,
-                                paired, pairs, predictions_of, publish_predictions, reported)
+from peft_study.results import (DevExamples, best_runs, cell_means, compare, compare_pairs, learned, load_runs,
+                                not_reported, paired, pairs, predictions_of, publish_predictions, reported)
 from peft_study.submission import choose
 
 
@@ -43,8 +44,30 @@ def test_ours_and_the_official_implementation(tmp_path):
     table = load_runs("made_up", tmp_path)
     (shared, ours, theirs), = pairs(table, "method", "lora", "hf_lora")
     assert math.isclose(paired(ours, theirs)["difference"], -.01) and paired(ours, theirs)["n"] == 5
-    text = pair_table(table, "method", [("lora", "hf_lora")], Trace(), DevExamples("nowhere"), "tbl-official")
+    found = compare_pairs(table, "method", [("lora", "hf_lora")])
+    text = pair_table(table, found, Trace(), "tbl-official")
     assert text.count("\n") == 2 and "−1.0" in text
+
+
+def test_starts_of_adapters(tmp_path):
+    "What another study of the same outputs compares is said, and what planted scores must give; alone or beside."
+    for task in ("rte", "mrpc"):
+        run_folder(tmp_path, .8, task_name=task, method="full")
+        for size, init in product((1, 64), ("near", "framework")):
+            for seed in range(1, 6):
+                folder = run_folder(tmp_path, .8, study="ablation_init", task_name=task, method="adapter",
+                                    bottleneck_size=size, init=init, lr=2e-3, seed=seed)
+                gain = (.2 * (size == 1) + .001 * (seed - 3)) * (init == "near")
+                result = json.loads((folder/"result.json").read_text())
+                (folder/"result.json").write_text(json.dumps(result | dict(score=.6 + gain)))
+    for study in ("made_up", "ablation_init"):
+        text, table = init_verdict(Paper(study, tmp_path)), init_table(Paper(study, tmp_path))
+        assert text.startswith("On MRPC and RTE, adapters with m = 1 that start near the identity are 20.0 points "
+                               "above those that start at the framework's default on average over 2 tasks: "
+                               "better on 2.")
+        assert "Adapters with m = 64 that start near the identity are level with those" in text
+        assert text.endswith("After Holm's correction, p is below 0.05 in 2 of 4 comparisons.")
+        assert table.count("+20.0") == 2
 
 
 def test_paths_do_not_split_a_cell(tmp_path):
