@@ -823,6 +823,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'peft_study.predict.predict_split': ('predict.html#predict_split', 'peft_study/predict.py'),
                                     'peft_study.predict.write_predictions': ('predict.html#write_predictions', 'peft_study/predict.py')},
             'peft_study.records': { 'peft_study.records._adopt_run': ('records.html#_adopt_run', 'peft_study/records.py'),
+                                    'peft_study.records._publish_notebook': ('records.html#_publish_notebook', 'peft_study/records.py'),
                                     'peft_study.records._publish_page': ('records.html#_publish_page', 'peft_study/records.py'),
                                     'peft_study.records._publish_run': ('records.html#_publish_run', 'peft_study/records.py'),
                                     'peft_study.records.adopt': ('records.html#adopt', 'peft_study/records.py'),

@@ -6,11 +6,12 @@
 __all__ = ['records_folder', 'publish', 'adopt', 'begun']
 
 # %% ../nbs/14_records.ipynb #49586052
-import shutil
+import re, shutil
 from pathlib import Path
+import nbformat
 from .files import BadInput, read_json, repository
 from .results import DEV_FILE, done, predictions_of, publish_predictions, reported, write_results
-from .runs import is_done, make_folder, read_record, write_json
+from .runs import is_done, make_folder, read_record, write_atomic, write_json
 
 # %% ../nbs/14_records.ipynb #a21d4341
 def records_folder(study:str) -> Path:
@@ -23,9 +24,20 @@ def _publish_run(folder:Path, to:Path):
     write_json(to/"config.json", {k: v for k, v in read_json(folder/"config.json").items() if k != "places"})
     shutil.copyfile(folder/"result.json", to/"result.json")
 
+def _publish_notebook(folder:Path, to:Path):
+    "Copy the executed notebook of a run, if it is here, without the folders of this machine."
+    if not (folder/"notebook.ipynb").is_file(): return
+    nb = nbformat.read(folder/"notebook.ipynb", as_version=4)
+    for part in (nb, *nb.cells): part.metadata.pop("papermill", None)
+    outputs = str(folder.parents[2].resolve())
+    write_atomic(to/"notebook.ipynb", nbformat.writes(nb).replace(outputs, "outputs"))
+
 def _publish_page(file:Path, to:Path, runs:list[Path]):
-    "Copy a page of the report, with the folders of its commands as they were typed."
-    text = file.read_text()
+    """Copy a page of the report one folder further up: with links to the files of runs that are published, and the
+    folders of its commands as they were typed."""
+    text = file.read_text().replace("href='../", "href='")
+    def link_if_there(link): return link[0] if (to.parent/link[1]).is_file() else ""
+    text = re.sub(r"<a href='([^']*runs/[^']*)'>[^<]*</a> ?", link_if_there, text)
     for folder in runs:
         settings = read_json(folder/"config.json")
         for name, place in settings.get("places", {}).items(): text = text.replace(place, str(settings[name]))
@@ -43,12 +55,14 @@ def publish(study:str, outputs="outputs",
     publish_predictions(reported(table), source)
     for name in ("study.json", "results.csv", DEV_FILE, "report/report.pdf"):
         if (source/name).is_file(): shutil.copyfile(source/name, to/Path(name).name)
-    runs = [source/"runs"/run_id for run_id in done(table).run_id]
-    for page in (source/"report").glob("*.html"): _publish_page(page, to/page.name, runs)
     for submission in (source/"submission").glob("*/submission.zip"):
         kept = to/"submission"/submission.parent.name
         make_folder(kept)
         for name in ("submission.zip", "manifest.json"): shutil.copyfile(submission.parent/name, kept/name)
+        for file in read_json(kept/"manifest.json")["files"].values():
+            if run_id := file.get("run_id"): _publish_notebook(source/"runs"/run_id, to/"runs"/run_id)
+    runs = [config.parent for config in Path(outputs).glob("*/runs/*/config.json")]   # a report has other studies' too
+    for page in (source/"report").glob("*.html"): _publish_page(page, to/page.name, runs)
     return to
 
 # %% ../nbs/14_records.ipynb #522f750f

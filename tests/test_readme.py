@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from conftest import REPO
 from peft_study.bench import ratios
-from peft_study.paper import Paper, in_short
+from peft_study.paper import PAIRED, Paper, in_short
 from peft_study.plots import number
 from peft_study.records import adopt
 
@@ -12,10 +12,21 @@ TEXT = (REPO/"README.md").read_text()
 
 
 def test_findings(tmp_path):
-    "The first screen is what `in_short` computes from the published runs."
-    adopt("small", tmp_path, REPO/"reports/records/small")
+    "The first screen is what `in_short` computes from the published runs of `small`, and of its comparisons of pairs."
+    for study in ("small", *PAIRED): adopt(study, tmp_path, REPO/"reports/records"/study)
     stored = re.search("<!-- findings of small: begin -->\n(.*)\n<!-- findings of small: end -->", TEXT, re.DOTALL)[1]
     assert stored.strip() == in_short(Paper("small", tmp_path)).strip()
+
+
+@pytest.mark.parametrize("page", sorted((REPO/"reports/records").glob("*/*.html")), ids=lambda page: page.name)
+def test_links_of_published_pages(page):
+    links = set(re.findall("""(?:href|src)=["']([^"':]*)["']""", page.read_text()))
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = page.parent/file if file else page
+        assert target.is_file(), link
+        if anchor: assert re.search(f"""id=["']{re.escape(anchor)}["']""", target.read_text()), link
 
 
 def mean_and_spread(scores) -> str:
