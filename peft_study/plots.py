@@ -261,8 +261,10 @@ def relative_to_full(table):
         group = cells[cells.label == label]
         for _, line in group.sort_values("parameters").groupby(PLACE):
             ax.plot(line.parameters, line.difference, color=colours[label], alpha=.3, lw=1, marker=".", ms=4)
-        sizes = group.groupby("size").agg(parameters=("parameters", "median"), difference=("difference", "median"))
-        median = sizes.sort_values("parameters")
+        # A median of other tasks at each size would be a curve of tasks, not of sizes.
+        n_sizes = group.groupby(PLACE)["size"].transform("nunique")
+        sizes = group[n_sizes == n_sizes.max()].groupby("size")
+        median = sizes[["parameters", "difference"]].median().sort_values("parameters")
         ax.plot(median.parameters, median.difference, color=colours[label], lw=2, marker="o", ms=5)
         ends[shown_method(label)] = *median.iloc[-1], colours[label]
     ax.set(xscale="log", xlabel="trainable parameters", ylabel="points above full fine-tuning")
