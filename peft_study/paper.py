@@ -155,21 +155,24 @@ def against_full(paper:Paper) -> pd.DataFrame:
     "A row a method: `tally` of its places."
     every = paper.comparisons
     rows = [dict(label=m) | tally(every[every.label == m]) for m in methods_in(every)]
-    return pd.DataFrame(rows, columns=["label", "n", "difference", "known", "below", "above", "open"])
+    return pd.DataFrame(rows, columns=["label", "n", "difference", "known", "below", "above", "open", "low", "high"])
 
 def tally(found) -> dict: # found: rows of comparisons
-    "Of `n` comparisons the mean `difference`, and in how many its interval is `below` zero, `above`, or `open`."
+    """Of `n` comparisons the mean `difference`, in how many its interval is `below` zero, `above`, or `open`, and from
+    where (`low`) to where (`high`) the intervals reach."""
     known = found[found.p.notna()]   # at least three seeds; of equal scores there is a p, and no interval
     below, above = int((known.high < 0).sum()), int((known.low > 0).sum())
     return dict(n=len(found), difference=found.difference.mean(), known=len(known), below=below, above=above,
-                open=len(known) - below - above)
+                open=len(known) - below - above, low=known.low.min(), high=known.high.max())
 
 def decided(subject:str, row:dict, other:str, unit:str) -> str: # subject: with its verb; row: of `tally`
     "How something compares with something other, and on how many tasks this is more than chance."
     start = capital(f"{subject} {points_from(row['difference'])} {other}")
     if row["n"] == 1:
         if not row["known"]: return f"{start}."
-        return f"{start}, {'which chance could explain' if row['open'] else 'which is more than chance explains'}."
+        chance = "which chance could explain" if row["open"] else "which is more than chance explains"
+        interval = "" if row["low"] != row["low"] else f" ({percent(row['low'])} to {percent(row['high'])})"
+        return f"{start}, {chance}{interval}."
     words = dict(below="worse on", above="better on", open="not told apart on")
     counts = [f"{word} {row[side]}" for side, word in words.items() if row[side]]
     return f"{start} on average over {plural(row['n'], unit)}" + (f": {listed(counts)}." if counts else ".")
@@ -802,9 +805,11 @@ def official_verdict(paper:Paper) -> str:
 
 def _verdict(found, groups:list[tuple], other:str) -> str: # groups: (subject and verb, rows of found)
     if found.empty: return ""
-    on = f"on {listed(dict.fromkeys(get_task(t).title for t in found.task_name))}, "
+    where = f"on {listed(dict.fromkeys(get_task(t).title for t in found.task_name))}"
+    if found.lr.nunique() == 1: where += f" at a learning rate of {rates(found.lr)}"
+    groups = [(f"{where}, {groups[0][0]}", groups[0][1]), *groups[1:]]
     unit = "task" if all(rows.task_name.is_unique for _, rows in groups) else "comparison"
-    each = [decided(on * (i == 0) + subject, tally(rows), other, unit) for i, (subject, rows) in enumerate(groups)]
+    each = [decided(subject, tally(rows), other, unit) for subject, rows in groups]
     low = int((found.p_holm < .05).sum())
     known = f"After Holm's correction, p is below 0.05 in {out_of(low, len(found), 'comparison')}."
     return sentences(*each, known if found.p.notna().all() else "")

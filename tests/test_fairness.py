@@ -62,9 +62,9 @@ def test_starts_of_adapters(tmp_path):
                 (folder/"result.json").write_text(json.dumps(result | dict(score=.6 + gain)))
     for study in ("made_up", "ablation_init"):
         text, table = init_verdict(Paper(study, tmp_path)), init_table(Paper(study, tmp_path))
-        assert text.startswith("On MRPC and RTE, adapters with m = 1 that start near the identity are 20.0 points "
-                               "above those that start at the framework's default on average over 2 tasks: "
-                               "better on 2.")
+        assert text.startswith("On MRPC and RTE at a learning rate of 2e-3, adapters with m = 1 that start near the "
+                               "identity are 20.0 points above those that start at the framework's default on "
+                               "average over 2 tasks: better on 2.")
         assert "Adapters with m = 64 that start near the identity are level with those" in text
         assert text.endswith("After Holm's correction, p is below 0.05 in 2 of 4 comparisons.")
         assert table.count("+20.0") == 2
