@@ -187,7 +187,8 @@ def test_table(table, trace:Trace, examples:DevExamples, name:str="tbl-tests") -
     return markdown_table(header, rows, right=2) if rows else ""
 
 def pair_table(table, found, trace:Trace, name:str) -> str: # found: of `compare_pairs`
-    "Markdown; empty where there are no pairs."
+    "Markdown; empty where there are no pairs. Names are those that the paired runs need, whatever else is in `table`."
+    table = table[table.run_id.isin([*found.first_runs.explode(), *found.second_runs.explode()])]
     named, titles, rows = cell_names(table), place_names(table), []
     for f in found.to_dict("records"):
         place, scores = tuple(f[p] for p in PLACE), []
