@@ -695,12 +695,11 @@ def _enough_text(paper:Paper) -> str:
     if paper.comparisons.empty or paper.seeds < 3 or not paper.rest(): return ""
     yes, no, still_open = enough(paper)
     start = "Enough is what keeps 99% of the score of full fine-tuning."
-    several = len(paper.cells) > len(paper.best)
-    smallest, largest = (" (of several sizes, the smallest)", " (the largest)") if several else ("", "")
-    shown = f"The 95% interval of the difference shows this for {'; '.join(yes) or 'no size'}{smallest if yes else ''}."
-    refuted = f"It excludes this for {'; '.join(no)}{largest}." if no else ""
+    shown = f"The 95% interval of the difference shows this for {'; '.join(yes) or 'no size'}."
+    refuted = f"It excludes this for {'; '.join(no)}." if no else ""
     rest = f"It leaves {plural(still_open, 'comparison')} open." if still_open else ""
-    return sentences(start, shown, refuted, rest)
+    named = "Of several sizes, the smallest that is enough is named, and the largest that is not."
+    return sentences(start, shown, refuted, rest, named if len(paper.cells) > len(paper.best) else "")
 
 # %% ../nbs/24_paper.ipynb #11f87410
 def flattery(paper:Paper) -> str:
