@@ -8,7 +8,7 @@ __all__ = ['STACKS', 'OPTIMISATION', 'stack_key', 'stacked', 'share_frozen', 'st
 
 # %% ../nbs/13_stack.ipynb #3a3f10dd
 import json, math, time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from .config import RunConfig
@@ -76,9 +76,9 @@ def stack_logits(models:list, batch:dict): # (R, batch, outputs)
         return torch.func.functional_call(first, parameters, kwargs=batch).logits
     on_cpu = first.device.type == "cpu"
     randomness = "same" if on_cpu else "different"   # our own dropout draws once, as it would for each run alone
-    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()   # torch's fused one does not stack there
+    # torch's fused attention does not stack
     try:
-        with attention: return torch.vmap(one_run, randomness=randomness)(parameters, scales)
+        with sdpa_kernel(SDPBackend.MATH): return torch.vmap(one_run, randomness=randomness)(parameters, scales)
     finally:
         for path, scale in kept.items(): first.get_submodule(path).lora_scale = scale
 
