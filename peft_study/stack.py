@@ -75,7 +75,7 @@ def share_frozen(models:list):
     for model in models[1:]:
         for name, p in model.named_parameters():
             if p.requires_grad: continue
-            if not torch.equal(p, first[name]): raise ValueError(f"these runs do not stack: {name} is frozen, and differs")
+            if not torch.equal(p, first[name]): raise ValueError(f"these runs do not stack: frozen {name} differs")
             p.data = first[name].data
 
 def _scales(models:list) -> dict: # path → (R,)
@@ -102,8 +102,8 @@ def stack_logits(models:list, batch:dict, # (batch, …), or (R, batch, …) whe
     on_cpu = first.device.type == "cpu"
     randomness = "same" if on_cpu else "different"   # our own dropout draws once, as it would for each run alone
     one_for_each = torch.vmap(one_run, in_dims=(0, 0, 0 if own else None), randomness=randomness)
-    try:
-        with sdpa_kernel(SDPBackend.MATH): return one_for_each(parameters, scales, batch)   # the fused one does not stack
+    try:   # with torch's plain attention, as the fused one does not stack
+        with sdpa_kernel(SDPBackend.MATH): return one_for_each(parameters, scales, batch)
     finally:
         for path, scale in kept.items(): first.get_submodule(path).lora_scale = scale
 
