@@ -16,7 +16,7 @@ __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates',
            'environment_table', 'runs_table']
 
 # %% ../nbs/24_paper.ipynb #d326cd8d
-import re, subprocess
+import math, re, subprocess
 from functools import cache, cached_property
 from pathlib import Path
 import pandas as pd
@@ -170,9 +170,9 @@ def decided(subject:str, row:dict, other:str, unit:str) -> str: # subject: with 
     start = capital(f"{subject} {points_from(row['difference'])} {other}")
     if row["n"] == 1:
         if not row["known"]: return f"{start}."
+        if math.isnan(row["low"]): return f"{start} at every seed."   # the scores are equal
         chance = "which chance could explain" if row["open"] else "which is more than chance explains"
-        interval = "" if row["low"] != row["low"] else f" ({percent(row['low'])} to {percent(row['high'])})"
-        return f"{start}, {chance}{interval}."
+        return f"{start}, {chance} ({percent(row['low'])} to {percent(row['high'])})."
     words = dict(below="worse on", above="better on", open="not told apart on")
     counts = [f"{word} {row[side]}" for side, word in words.items() if row[side]]
     return f"{start} on average over {plural(row['n'], unit)}" + (f": {listed(counts)}." if counts else ".")
@@ -824,7 +824,7 @@ def official_text(paper:Paper) -> str:
     if not official_table(paper): return ""
     return sentences("@tbl-official compares methods that are written from scratch here with those of Hugging Face "
                      "PEFT in the same training loop. Their logits and gradients are equal to 1e-5 from the same "
-                     "weights, which `tests/test_peft.py` checks; scores differ because initial values do.",
+                     "weights, which `tests/test_peft.py` checks; scores differ where initial values do.",
                      official_verdict(paper))
 
 # %% ../nbs/24_paper.ipynb #717aeed7
