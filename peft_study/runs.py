@@ -11,7 +11,6 @@ __all__ = ['write_atomic', 'write_json', 'append_json', 'read_metrics', 'cut_met
 # %% ../nbs/08_runs.ipynb #a74fafd0
 import errno, json, os, re, time
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
@@ -315,7 +314,6 @@ def nvidia_smi(*args) -> str:
     try: return run(["nvidia-smi", *args], stdout=PIPE, stderr=DEVNULL, text=True, timeout=60).stdout
     except (OSError, TimeoutExpired): return ""
 
-@cache
 def gpu_versions() -> dict:
     "Of what stands between torch and the GPU: CUDA, cuDNN, driver."
     import torch
