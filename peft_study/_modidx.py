@@ -1011,6 +1011,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'peft_study.stack._update': ('stack.html#_update', 'peft_study/stack.py'),
                                   'peft_study.stack.evaluate_stack': ('stack.html#evaluate_stack', 'peft_study/stack.py'),
                                   'peft_study.stack.fit_stack': ('stack.html#fit_stack', 'peft_study/stack.py'),
+                                  'peft_study.stack.has_own': ('stack.html#has_own', 'peft_study/stack.py'),
                                   'peft_study.stack.plain_attention': ('stack.html#plain_attention', 'peft_study/stack.py'),
                                   'peft_study.stack.plain_mask': ('stack.html#plain_mask', 'peft_study/stack.py'),
                                   'peft_study.stack.share_frozen': ('stack.html#share_frozen', 'peft_study/stack.py'),

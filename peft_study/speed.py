@@ -128,6 +128,7 @@ def use_attention(model, name:str, attend, mask):
         if getattr(config, "_attn_implementation", None) == "sdpa": config._attn_implementation = name
 
 def use_own_attention(model):
+    "Let `model` use `attention`, where it uses torch's."
     from transformers.masking_utils import sdpa_mask
     use_attention(model, "peft_study", attention, sdpa_mask)
 
