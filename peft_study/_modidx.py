@@ -1009,6 +1009,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'peft_study.stack': { 'peft_study.stack.Member': ('stack.html#member', 'peft_study/stack.py'),
                                   'peft_study.stack._scales': ('stack.html#_scales', 'peft_study/stack.py'),
                                   'peft_study.stack._update': ('stack.html#_update', 'peft_study/stack.py'),
+                                  'peft_study.stack.attend_in_stacks': ('stack.html#attend_in_stacks', 'peft_study/stack.py'),
                                   'peft_study.stack.evaluate_stack': ('stack.html#evaluate_stack', 'peft_study/stack.py'),
                                   'peft_study.stack.fit_stack': ('stack.html#fit_stack', 'peft_study/stack.py'),
                                   'peft_study.stack.has_own': ('stack.html#has_own', 'peft_study/stack.py'),

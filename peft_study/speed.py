@@ -118,14 +118,14 @@ def attention(module, query, key, value, # (batch, heads, length, width) each
     return O.transpose(1, 2).contiguous(), None
 
 # %% ../nbs/07_speed.ipynb #4a704a8b
-def use_attention(model, name:str, attend, mask):
-    "Let `model` use `attend` and `mask`, which 🤗 transformers calls by `name`, where it uses torch's."
+def use_attention(model, name:str, attend, mask, instead_of=("sdpa",)):
+    "Let `model` use `attend` and `mask`, which 🤗 transformers calls by `name`, where it uses those of `instead_of`."
     from transformers import AttentionInterface, AttentionMaskInterface
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, mask)
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "sdpa": config._attn_implementation = name
+        if getattr(config, "_attn_implementation", None) in instead_of: config._attn_implementation = name
 
 def use_own_attention(model):
     "Let `model` use `attention`, where it uses torch's."

@@ -6,6 +6,7 @@ from peft_study.encoders import FAMILIES, ROLES, get_sizes, tiny_config
 from peft_study.glue import BadInput
 from peft_study.methods.core import apply_method, check_method, find_method, method_names, random_batch, trainable
 from peft_study.speed import speed_up
+from peft_study.stack import STACKS, attend_in_stacks, share_frozen, stack_logits
 from peft_study.train import example_losses
 
 SETTINGS = dict(
@@ -93,6 +94,21 @@ def test_padding(kind, method):
         unmasked = model(input_ids=ids, attention_mask=torch.ones_like(mask)).logits[-1:]
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
     assert (unmasked - together).abs().max() > 1e-5, "the mask makes no difference, so this shows nothing"
+
+
+@pytest.mark.parametrize("kind, method", [c for c in CELLS if c[1].name in STACKS], ids=label)
+def test_stack(kind, method):
+    "Two runs as they stack on a GPU, each with a batch of its own: the outputs of each alone."
+    models = [applied(kind, method) for _ in range(2)]
+    with torch.no_grad():
+        for p in trainable(models[1]).values(): p.add_(torch.randn_like(p), alpha=.1)
+    batches = [random_batch(m.config, batch=3, length=9) for m in models]
+    for batch in batches: del batch["labels"]
+    with torch.no_grad(): alone = [m(**batch).logits for m, batch in zip(models, batches)]
+    for m in models: attend_in_stacks(m)
+    share_frozen(models)
+    with torch.no_grad(): together = stack_logits(models, {k: torch.stack([b[k] for b in batches]) for k in batches[0]})
+    assert (torch.stack(alone) - together).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("method", METHODS, ids=label)
