@@ -86,6 +86,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'peft_study.cli.score': ('cli.html#score', 'peft_study/cli.py'),
                                 'peft_study.cli.study_': ('cli.html#study_', 'peft_study/cli.py'),
                                 'peft_study.cli.trace': ('cli.html#trace', 'peft_study/cli.py'),
+                                'peft_study.cli.write_findings': ('cli.html#write_findings', 'peft_study/cli.py'),
                                 'peft_study.cli.write_page': ('cli.html#write_page', 'peft_study/cli.py'),
                                 'peft_study.cli.write_report': ('cli.html#write_report', 'peft_study/cli.py')},
             'peft_study.cluster': { 'peft_study.cluster.Ray': ('cluster.html#ray', 'peft_study/cluster.py'),

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['app', 'Outputs', 'Minutes', 'Push', 'RunFolder', 'FinishedStudy', 'study_command', 'Failed', 'main', 'config_flags',
            'check', 'run', 'list_', 'evaluate', 'export', 'run_and_summarise', 'study_', 'demo', 'write_report',
-           'report_', 'trace', 'predict', 'score', 'write_page', 'publish', 'measure_on_gpu', 'bench_', 'methods',
-           'doctor']
+           'report_', 'trace', 'predict', 'score', 'write_page', 'write_findings', 'publish', 'measure_on_gpu',
+           'bench_', 'methods', 'doctor']
 
 # %% ../nbs/26_cli.ipynb #c1000003
-import inspect, os, sys
+import inspect, os, re, sys
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 import typer
-from .files import read_json, shortened
+from .files import read_json, repository, shortened
 from .glue import BadInput, get_task
 from .terminal import doctor_rows, list_study, print_table, report_run, warn_of_budgets, warn_of_gpus
 
@@ -373,6 +374,18 @@ def write_page(study, outputs, folder):
     save(score_vs_parameters(runs), folder/"score_vs_parameters")
     study_card(study, cells, "score_vs_parameters.png").save(folder/"README.md")
 
+def write_findings(page, records): # a Markdown file; reports/records
+    "What published studies have found, where a page has `<!-- findings of STUDY: begin -->` and `end`."
+    from peft_study.paper import Paper, in_short
+    from peft_study.records import adopt
+    marked = re.compile(r"(<!-- findings of ([\w-]+): begin -->\n).*?(<!-- findings of \2: end -->)", re.DOTALL)
+    text = page.read_text() if page.is_file() else ""
+    if not marked.search(text): return
+    with TemporaryDirectory() as outputs:   # other studies too: findings have their comparisons of pairs
+        for runs in records.glob("*/runs"): adopt(runs.parent.name, outputs, runs.parent)
+        def filled(found): return f"{found[1]}{in_short(Paper(found[2], outputs))}\n{found[3]}"
+        page.write_text(marked.sub(filled, text))
+
 @app.command()
 def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
             to:Annotated[Optional[Path], typer.Option(help="default: reports/records/STUDY")]=None,
@@ -383,6 +396,7 @@ def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
     if push: check_push(push)
     folder = publish(study, outputs, to)
     write_page(study, outputs, folder)
+    if to is None and repository(): write_findings(repository()/"README.md", folder.parent)
     megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
     print(f"{os.path.relpath(folder)}: {len(list(folder.glob('runs/*')))} runs, {megabytes:.1f} MB")
     if push: print(upload(folder, push, "dataset"))

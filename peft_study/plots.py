@@ -71,8 +71,10 @@ def _draw_arrows(ax, boxes):
 # %% ../nbs/22_plots.ipynb #c018988b
 def save(fig, path # without suffix
         ):
-    "As PNG for looking and SVG for printing."
-    for suffix in (".png", ".svg"): fig.savefig(f"{path}{suffix}", dpi=150, bbox_inches="tight")
+    "As PNG for looking and SVG for printing; the same figure has the same bytes."
+    with plt.rc_context({"svg.hashsalt": "peft_study"}):   # ids in an SVG are random otherwise
+        for suffix in (".png", ".svg"):
+            fig.savefig(f"{path}{suffix}", dpi=150, bbox_inches="tight", metadata=dict(Date=None))
     plt.close(fig)
 
 # %% ../nbs/22_plots.ipynb #312f104a

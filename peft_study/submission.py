@@ -8,7 +8,7 @@ __all__ = ['choose', 'answers', 'constant_answer', 'submit', 'score_submission']
 # %% ../nbs/19_submission.ipynb #bebab878
 import math, re, shutil
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 import pandas as pd
 from .data import has_split, read_split
 from .files import read_text
@@ -96,13 +96,14 @@ def submit(study:str, outputs="outputs",
 
 # %% ../nbs/19_submission.ipynb #fc7f3005
 def _write(folder, files:dict[str, list[str]], manifest:dict) -> Path:
-    "TSVs, manifest and zip, the zip last; the server wants the TSVs at its top and nothing else."
+    """TSVs, manifest and zip, the zip last; the server wants the TSVs at its top and nothing else. The same answers are
+    the same bytes: a `ZipInfo` has one date for all."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, lines in files.items(): write_atomic(folder/name, "\n".join(lines) + "\n")
     write_json(folder/"manifest.json", manifest)
     with ZipFile(folder/"writing.tmp", "w", ZIP_DEFLATED) as z:
-        for name in files: z.write(folder/name, name)
+        for name in files: z.writestr(ZipInfo(name), (folder/name).read_bytes(), ZIP_DEFLATED)
     return (folder/"writing.tmp").rename(folder/"submission.zip")
 
 # %% ../nbs/19_submission.ipynb #425386f6
