@@ -129,6 +129,19 @@ class Paper:
     def marks(self): return Marks(self.table, self.examples)
 
     @cached_property
+    def idle(self) -> list[tuple]:
+        "The places where no method is shown to have learned, beside others where one is: differences are noise there."
+        def any_learned(place):
+            labels = at_place(self.best, place).label
+            return any(not self.marks.not_learned(place, label) for label in labels)
+        idle = [place for place in self.places if not any_learned(place)]
+        return idle if len(idle) < len(self.places) else []
+
+    def telling(self, rows): # with the columns PLACE
+        "Without those of `idle` places, which no mean difference and no statement about sizes takes into account."
+        return rows[[tuple(place) not in self.idle for place in rows[PLACE].values]]
+
+    @cached_property
     def usual(self): return usual_claims(self.table)
 
     @cached_property
@@ -153,7 +166,7 @@ class Paper:
 # %% ../nbs/24_paper.ipynb #29b951e5
 def against_full(paper:Paper) -> pd.DataFrame:
     "A row a method: `tally` of its places."
-    every = paper.comparisons
+    every = paper.telling(paper.comparisons)
     rows = [dict(label=m) | tally(every[every.label == m]) for m in methods_in(every)]
     return pd.DataFrame(rows, columns=["label", "n", "difference", "known", "below", "above", "open", "low", "high"])
 
@@ -222,10 +235,12 @@ def _abstract_of_scores(paper:Paper) -> str:
     found = against_full(paper)
     found = found[found.label != "head"]
     if found.empty: return "" if "full" in paper.methods else "The study has no full fine-tuning to compare with."
-    full = paper.best[paper.best.label == "full"].score
+    best = paper.telling(paper.best)
+    full = best[best.label == "full"].score
     score = f"{percent(full.mean())}%"
     mean = f"a dev score of {score}"
     if len(full) > 1: mean = f"a mean dev score of {score} over {plural(len(full), paper.unit())}"
+    if paper.idle: mean += " on which any method is shown to have learned"
     def other(row):
         over = f" over {row.n} of them" if row.n < len(full) else ""
         return f"{in_words(row.label)} {be(row.label)} {points_from(row.difference)} it{over}"
@@ -521,15 +536,15 @@ def _former(paper:Paper) -> str:
     left = not_reported(paper.table)
     former = left[left.stage == "former"]
     if former.empty: return ""
-    one = len(former) == 1
-    return (f"{plural(len(former), 'run')} {'is' if one else 'are'} left out: the configuration is no longer the "
-            f"chosen one, or code of one's own has changed since ({listed(f'`{r}`' for r in former.run_id)}).")
+    which = listed(f"`{r}`" for r in former.run_id) if len(former) <= 3 else "`former` in @tbl-runs"
+    return (f"{plural(len(former), 'run')} {'is' if len(former) == 1 else 'are'} left out: the configuration is no "
+            f"longer the chosen one, or code of one's own has changed since ({which}).")
 
 def _other_code(paper:Paper) -> str:
     n = int(paper.runs.other_code.sum())
     if not n: return ""
     return (f"{n} of {plural(len(paper.runs), 'reported run')} {'is' if n == 1 else 'are'} of another version of "
-            "the code than the newest.")
+            "the code than the newest (@tbl-environment).")
 
 # %% ../nbs/24_paper.ipynb #3500be60
 def scores_text(paper:Paper) -> str:
@@ -566,7 +581,12 @@ def _learned_text(paper:Paper) -> str:
         which = "any method" if 1 < len(idle) == len(here) else listed(in_words(m) for m in idle)
         if idle: found.setdefault(which, []).append(title)
     where = "; ".join(f"for {which} on {paper.on(titles)}" for which, titles in found.items())
-    return sentences(rule, f"This is not shown {where}." if found else all_have)
+    return sentences(rule, f"This is not shown {where}." if found else all_have, _idle_text(paper))
+
+def _idle_text(paper:Paper) -> str:
+    if not paper.idle: return ""
+    return ("Differences between methods that have not learned say little: their means, and what is said of sizes, are "
+            f"without {listed(paper.places[place] for place in paper.idle)}.")
 
 def _probe_text(paper:Paper) -> str:
     ground = floors(paper.table, paper.examples)
@@ -595,7 +615,8 @@ def told_apart(paper:Paper, source:str="") -> str:
     known = paper.comparisons[paper.comparisons.p.notna()]
     if known.empty: return ""
     apart, low = int(((known.high < 0) | (known.low > 0)).sum()), int((known.p_holm < .05).sum())
-    return (f"The 95% interval of the difference excludes zero in {out_of(apart, len(known), 'comparison')}; "
+    start = "Of all tasks, the" if paper.idle else "The"
+    return (f"{start} 95% interval of the difference excludes zero in {out_of(apart, len(known), 'comparison')}; "
             f"after Holm's correction{source}, p is below 0.05 in {low or 'none'}.")
 
 def comparison_text(paper:Paper) -> str:
@@ -609,11 +630,11 @@ def comparison_text(paper:Paper) -> str:
 
 def _over_tasks(paper:Paper) -> str:
     "Of methods that share several tasks with full fine-tuning."
-    over = compare_over_tasks(paper.table)
+    over, compared = compare_over_tasks(paper.telling(paper.table)), paper.telling(paper.comparisons)
     over = over[over.tasks > 1]
     if over.empty: return ""
     def verdict(t):
-        here = paper.comparisons[(paper.comparisons.label == t.label) & (paper.comparisons.encoder == t.encoder)]
+        here = compared[(compared.label == t.label) & (compared.encoder == t.encoder)]
         on = f" with {shown_encoder(t.encoder)}" if over.encoder.nunique() > 1 else ""
         p = "" if t.p_holm != t.p_holm else f" (Wilcoxon's test over tasks, p = {t.p_holm:.3f} after Holm's correction)"
         ahead = f"ahead on {out_of(int((here.difference > 0).sum()), len(here), 'task')}"
@@ -672,7 +693,8 @@ def enough(paper:Paper) -> tuple[list[str], list[str], int]:
     """In words, each method's smallest size that keeps 99% of full fine-tuning's score, and its largest that does not,
     with their tasks; how many comparisons are open."""
     yes, no, still_open = {}, {}, 0
-    cells = paper.cells[paper.cells.label.isin([*paper.rest(), "head"])].sort_values("parameters")
+    cells = paper.telling(paper.cells)
+    cells = cells[cells.label.isin([*paper.rest(), "head"])].sort_values("parameters")
     for i in range(len(cells)):
         cell = cells.iloc[[i]]
         found = difference_to_full(paper, cell)
@@ -706,8 +728,10 @@ def flattery(paper:Paper) -> str:
     "By how much choosing on dev would have flattered each method."
     gains = (paper.usual.usual - paper.usual.fair).groupby(paper.usual.label).mean()
     by = listed(f"{number(100 * gains[m])} points for {in_words(m)}" for m in methods_in(paper.usual))
+    n = len(paper.usual[PLACE].drop_duplicates())
+    over = f" over {plural(n, paper.unit())}" if n > 1 else ""
     return ("Choosing on dev claims more than the dev score of what the tuning split chooses, from the same runs: on "
-            f"average by {by}.")
+            f"average{over} by {by}.")
 
 def at_the_edge(paper:Paper) -> str:
     "Which cells chose the lowest or the highest of the learning rates that they tried."
@@ -950,7 +974,8 @@ def _against(row:dict, unit:str) -> str:
 def _how_many(paper:Paper) -> str:
     parts = learning_parts(paper)
     parts = parts[parts.own.notna() & parts.label.isin(paper.rest())]
-    probe = paper.comparisons[paper.comparisons.label == "head"].difference
+    compared = paper.telling(paper.comparisons)
+    probe = compared[compared.label == "head"].difference
     lacking = "full fine-tuning" if paper.comparisons.empty else "three seeds"
     text = [_enough_text(paper) or f"Whether few are enough is not known without {lacking}."]
     mean = " on average" if len(probe) > 1 else ""
@@ -963,8 +988,9 @@ def _how_many(paper:Paper) -> str:
 def _by_size(paper:Paper, label:str) -> str:
     "What the largest size of a method brings over its smallest, where it has several: in pairs of one seed."
     found = {}
+    cells = paper.telling(paper.cells)
     for place, title in paper.places.items():
-        here = at_place(paper.cells, place)
+        here = at_place(cells, place)
         here = here[here.label == label].sort_values("parameters")
         if len(here) < 2: continue
         small, large = here.iloc[[0]], here.iloc[[-1]]
@@ -1032,9 +1058,10 @@ def in_short(paper:Paper) -> str:
     if paper.two_stages: what += ", after another seed has tuned on a held-out part of the training set"
     below = "" if paper.comparisons.empty else "Below each score is its difference to full fine-tuning, in points."
     intervals = "Intervals (95%) are over seeds and dev examples." if paper.seeds >= 3 else ""
-    answers = [f"- **How close?** {sentences(_how_close(paper), told_apart(paper))}",
+    learned = [] if paper.marks.learned.empty else [f"- **What learns?** {_learned_text(paper)}"]
+    answers = [*learned,
+               f"- **How close?** {sentences(_how_close(paper), told_apart(paper))}",
                f"- **How many parameters?** {_how_many(paper)}"]
-    if not paper.marks.learned.empty: answers.append(f"- **What learns?** {_learned_text(paper)}")
     if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {flattery(paper)}")
     if text := init_verdict(paper): answers.append(f"- **Must adapters start near the identity?** {text}")
     if text := official_verdict(paper): answers.append(f"- **As the official implementations?** {text}")

@@ -4,7 +4,8 @@ from itertools import product
 import nbformat, numpy as np, pandas as pd, pytest
 from fabricate import final_seeds, run_folder
 from peft_study.glue import BadInput
-from peft_study.paper import Paper, init_table, init_verdict, limits, protocol_text
+from peft_study.paper import (Paper, against_full, in_short, init_table, init_verdict, limits, parameters_text,
+                              protocol_text)
 from peft_study.report import Trace, execute_report, main_table, pair_table
 from peft_study.results import (DevExamples, best_runs, cell_means, compare, compare_pairs, learned, load_runs,
                                 not_reported, paired, pairs, predictions_of, publish_predictions, reported)
@@ -167,6 +168,31 @@ def test_report_of_two_stages(tmp_path):
     lora = cell_means(table).set_index("label").loc["lora"]
     score = f"{100 * lora.score:.1f}"
     assert lora.n == 3 and f"| {score}" not in text and f"[{score}](runs.html#tbl-sizes-rte-lora-r8)" in text
+
+
+def test_tasks_that_no_method_learns(tmp_path):
+    "They are in the tables, and named; no mean difference and no statement about sizes takes them into account."
+    def add(task, method, accuracy, **size):
+        for seed in (1, 2, 3): run_folder(tmp_path, accuracy, task_name=task, method=method, seed=seed, **size)
+    for task, best in (("rte", .9), ("wnli", .4)):
+        add(task, "full", best)
+        for rank, worse in ((4, .2), (8, .1)): add(task, "lora", best - worse, rank=rank)
+    paper = Paper("made_up", tmp_path)
+    assert [place[0] for place in paper.idle] == ["wnli"]
+    assert {place[0] for place in paper.comparisons[["task_name"]].values} == {"rte", "wnli"}
+    lora = against_full(paper).set_index("label").loc["lora"]
+    assert lora.n == 1 and lora.difference == paper.comparisons.set_index("task_name").difference["rte"]
+    text = in_short(paper)
+    assert "are without WNLI" in text and "| RTE, % | WNLI, % |" in text
+    assert "WNLI" not in parameters_text(paper) and "WNLI" not in text.split("**How many parameters?**")[1]
+
+
+def test_no_task_is_learned(tmp_path):
+    "Then there is nothing to leave out."
+    for method, accuracy in (("full", .4), ("lora", .3)):
+        for seed in (1, 2, 3): run_folder(tmp_path, accuracy, method=method, seed=seed)
+    paper = Paper("made_up", tmp_path)
+    assert paper.idle == [] and "for any method on RTE" in in_short(paper) and len(against_full(paper)) == 1
 
 
 def test_tasks_may_differ_in_their_budget(tmp_path):
