@@ -795,6 +795,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'peft_study.plots._base': ('plots.html#_base', 'peft_study/plots.py'),
                                   'peft_study.plots._colours': ('plots.html#_colours', 'peft_study/plots.py'),
                                   'peft_study.plots._draw_arrows': ('plots.html#_draw_arrows', 'peft_study/plots.py'),
+                                  'peft_study.plots._draw_constant': ('plots.html#_draw_constant', 'peft_study/plots.py'),
                                   'peft_study.plots._draw_curves': ('plots.html#_draw_curves', 'peft_study/plots.py'),
                                   'peft_study.plots._draw_scaling': ('plots.html#_draw_scaling', 'peft_study/plots.py'),
                                   'peft_study.plots._legend': ('plots.html#_legend', 'peft_study/plots.py'),

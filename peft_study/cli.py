@@ -215,12 +215,12 @@ def export(run_folder:RunFolder,
 def _save_plot(table, study, outputs) -> list[Path]:
     "The table and the figure of a study, where it has a finished run."
     from peft_study.plots import save, score_vs_parameters
-    from peft_study.results import done
+    from peft_study.results import DevExamples, done
     runs, folder = done(table), Path(outputs)/study
     if runs.empty: return []
     data = ", ".join("synthetic demo data" if name == "demo" else name for name in sorted(set(runs.data)))
     title = f"study {study}: {', '.join(sorted(set(runs.checkpoint)))} on {data}"
-    save(score_vs_parameters(runs, title), folder/"score_vs_parameters")
+    save(score_vs_parameters(runs, title, examples=DevExamples(outputs)), folder/"score_vs_parameters")
     return [folder/"results.csv", folder/"score_vs_parameters.png"]
 
 def run_and_summarise(study, outputs, engine):
@@ -367,11 +367,11 @@ def write_page(study, outputs, folder):
     "The page of a published study, with its figure, as far as it has something to report."
     from peft_study.cards import study_card
     from peft_study.plots import save, score_vs_parameters
-    from peft_study.results import cell_means, load_runs
+    from peft_study.results import DevExamples, cell_means, load_runs
     runs = load_runs(study, outputs)
     cells = cell_means(runs)
     if cells.empty: return
-    save(score_vs_parameters(runs), folder/"score_vs_parameters")
+    save(score_vs_parameters(runs, examples=DevExamples(outputs)), folder/"score_vs_parameters")
     study_card(study, cells, "score_vs_parameters.png").save(folder/"README.md")
 
 def write_findings(page, records): # a Markdown file; reports/records

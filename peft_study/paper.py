@@ -139,7 +139,7 @@ class Paper:
 
     def telling(self, rows): # with the columns PLACE
         "Without those of `idle` places, which no mean difference and no statement about sizes takes into account."
-        return rows[[tuple(place) not in self.idle for place in rows[PLACE].values]]
+        return rows.loc[[tuple(place) not in self.idle for place in rows[PLACE].values]]
 
     @cached_property
     def usual(self): return usual_claims(self.table)
@@ -894,7 +894,7 @@ def map_figure(paper:Paper): return difference_map(paper.table)
 def scaling_figure(paper:Paper):
     "With the reference study's curves where the task is theirs."
     known = dict(mnli=published("seed_mnli_scaling.csv")) if "mnli" in paper.tasks and not paper.synthetic else None
-    return score_vs_parameters(paper.table, published=known)
+    return score_vs_parameters(paper.table, published=known, examples=paper.examples)
 
 def relative_figure(paper:Paper): return relative_to_full(paper.table)
 

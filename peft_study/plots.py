@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from .glue import METRICS, get_task, in_order
-from .results import PLACE, best_sizes, budget_curves, cell_means, done, methods_in, reported, runs_of
+from .results import (PLACE, DevExamples, best_sizes, budget_curves, cell_means, done, floors, methods_in,
+                                reported, runs_of)
 from .runs import read_config, read_metrics
 from .statistics import summary
 
@@ -210,19 +211,30 @@ def _panels(n:int, height:float=3.3):
     for ax in axes.flat[n:]: ax.axis("off")
     return fig, axes.flat[:n]
 
+def _draw_constant(ax, score:float): # a fraction, or nan
+    "The score of a constant prediction as a dotted line, where the panel reaches so far."
+    low, high = ax.get_ylim()
+    if not low < 100 * score < high: return
+    ax.axhline(100 * score, color="#666666", ls=":", lw=1, zorder=0)
+    ax.text(.99, 100 * score, "constant", transform=ax.get_yaxis_transform(), color="#666666", fontsize=7, ha="right",
+            va="bottom")
+    ax.set_ylim(low, high)
+
 def score_vs_parameters(table,        # rows of `results.load_runs`
                         title:str="",
                         band:str="3 sigma", # or "95%"
-                        published:dict|None=None # task → columns method, trainable_params, mean (a fraction)
+                        published:dict|None=None, # task → columns method, trainable_params, mean (a fraction)
+                        examples:DevExamples|None=None # that know the score of a constant prediction
                        ):
     "A panel a place: a task, an encoder, a data set."
     runs = reported(table)
     places, colours = place_names(runs), _colours(set(runs.label))
     fig, axes = _panels(len(places))
-    drawn = []
+    ground, drawn = None if examples is None else floors(table, examples), []
     for ax, (place, name) in zip(axes, places.items()):
         task, known = place[0], (published or {}).get(place[0])
         drawn.append((ax, _draw_scaling(ax, at_place(runs, place), colours, band, known)))
+        if ground is not None: _draw_constant(ax, at_place(ground, place).constant.iloc[0])
         ax.set_title(name + (" (dashed: published, BERT-base)" if known is not None else ""), fontsize=10)
         ax.set(xlabel="trainable parameters", ylabel=_score_axis(task))
     fig.suptitle(title, fontsize=10, parse_math=False)   # a path may have dollars in it

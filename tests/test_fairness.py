@@ -4,8 +4,8 @@ from itertools import product
 import nbformat, numpy as np, pandas as pd, pytest
 from fabricate import final_seeds, run_folder
 from peft_study.glue import BadInput
-from peft_study.paper import (Paper, against_full, in_short, init_table, init_verdict, limits, parameters_text,
-                              protocol_text)
+from peft_study.paper import (Paper, abstract, against_full, in_short, init_table, init_verdict, limits,
+                              parameters_text, protocol_text)
 from peft_study.report import Trace, execute_report, main_table, pair_table
 from peft_study.results import (DevExamples, best_runs, cell_means, compare, compare_pairs, learned, load_runs,
                                 not_reported, paired, pairs, predictions_of, publish_predictions, reported)
@@ -193,6 +193,13 @@ def test_no_task_is_learned(tmp_path):
         for seed in (1, 2, 3): run_folder(tmp_path, accuracy, method=method, seed=seed)
     paper = Paper("made_up", tmp_path)
     assert paper.idle == [] and "for any method on RTE" in in_short(paper) and len(against_full(paper)) == 1
+
+
+def test_nothing_to_compare_with(tmp_path):
+    "A study of one method has no comparison, and its paper has sentences all the same."
+    for seed in (1, 2, 3): run_folder(tmp_path, .8, method="lora", seed=seed)
+    paper = Paper("made_up", tmp_path)
+    assert against_full(paper).empty and "LoRA" in abstract(paper) and "LoRA" in in_short(paper)
 
 
 def test_tasks_may_differ_in_their_budget(tmp_path):
