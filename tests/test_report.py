@@ -150,7 +150,7 @@ def test_failed_run(study, undisturbed, tmp_path):
 
 def make_run(outputs, score, **settings):
     "The folder of a run that was never made."
-    config = RunConfig(study="many", **settings)
+    config = RunConfig(**dict(study="many") | settings)
     folder = start_run(config, outputs)
     dev = dict.fromkeys(("matthews", "accuracy", "f1", "pearson", "spearman"), score)
     size = int(re.sub(r"\D", "", config.method.size) or 1)
@@ -209,9 +209,12 @@ def test_every_row_of_a_long_table(tmp_path):
         made += [one(k, size, seed) for k, size in enumerate(values) for seed in range(5)]
     assert len(made) == 160
     made += [make_run(tmp_path, .6, task_name="rte", method=method) for method in method_names()]
+    make_run(tmp_path, .6, task_name="rte", method="lora", study="one")
+    started = seconds_of_children()
+    execute_report("one", tmp_path)
     before = seconds_of_children()
     notebook = execute_report("many", tmp_path)
-    assert seconds_of_children() - before < 20
+    assert seconds_of_children() - before < 3 * (before - started)   # twice as long, whatever the machine
     render_with_pandoc(notebook)
     check_every_row(notebook.parent, made)
     if quarto_program():
