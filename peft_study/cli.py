@@ -390,7 +390,8 @@ def write_findings(page, records): # a Markdown file; reports/records
 def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
             to:Annotated[Optional[Path], typer.Option(help="default: reports/records/STUDY")]=None,
             push:Push=None):
-    "Put what readers need of a study where the repository keeps it, with a page; a study goes on from there."
+    """Put what readers need of a study where the repository keeps it, with a page, and what it found into README where
+    that has a place for it; a study goes on from there."""
     from peft_study.cards import check_push, push as upload
     from peft_study.records import publish
     if push: check_push(push)

@@ -240,7 +240,7 @@ def _abstract_of_scores(paper:Paper) -> str:
     score = f"{percent(full.mean())}%"
     mean = f"a dev score of {score}"
     if len(full) > 1: mean = f"a mean dev score of {score} over {plural(len(full), paper.unit())}"
-    if paper.idle: mean += " on which any method is shown to have learned"
+    if paper.idle: mean += f"{'' if len(full) > 1 else ' on the task'} on which any method is shown to have learned"
     def other(row):
         over = f" over {row.n} of them" if row.n < len(full) else ""
         return f"{in_words(row.label)} {be(row.label)} {points_from(row.difference)} it{over}"

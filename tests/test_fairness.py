@@ -182,6 +182,7 @@ def test_tasks_that_no_method_learns(tmp_path):
     assert {place[0] for place in paper.comparisons[["task_name"]].values} == {"rte", "wnli"}
     lora = against_full(paper).set_index("label").loc["lora"]
     assert lora.n == 1 and lora.difference == paper.comparisons.set_index("task_name").difference["rte"]
+    assert "% on the task on which any method is shown to have learned. LoRA is" in abstract(paper)
     text = in_short(paper)
     assert "are without WNLI" in text and "| RTE, % | WNLI, % |" in text
     assert "WNLI" not in parameters_text(paper) and "WNLI" not in text.split("**How many parameters?**")[1]
