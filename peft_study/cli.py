@@ -315,7 +315,9 @@ def write_report(study, outputs, to):
 @app.command("report")
 def report_(study:FinishedStudy, outputs:Outputs=Path("outputs"),
             to:Annotated[str, typer.Option(help="html, typst (for a PDF), or both with a comma")]="html,typst"):
-    "The study as a paper: HTML, and a PDF where Quarto is installed."
+    "The study as a paper, HTML and PDF; with its published records, where the repository has some."
+    from peft_study.records import adopt_all, records_folder
+    if (records_folder(study)/"runs").is_dir(): adopt_all(outputs)
     write_report(study, outputs, _split(to))
 
 # %% ../nbs/26_cli.ipynb #c100002d
@@ -377,12 +379,12 @@ def write_page(study, outputs, folder):
 def write_findings(page, records): # a Markdown file; reports/records
     "What published studies have found, where a page has `<!-- findings of STUDY: begin -->` and `end`."
     from peft_study.paper import Paper, in_short
-    from peft_study.records import adopt
+    from peft_study.records import adopt_all
     marked = re.compile(r"(<!-- findings of ([\w-]+): begin -->\n).*?(<!-- findings of \2: end -->)", re.DOTALL)
     text = page.read_text() if page.is_file() else ""
     if not marked.search(text): return
     with TemporaryDirectory() as outputs:   # other studies too: findings have their comparisons of pairs
-        for runs in records.glob("*/runs"): adopt(runs.parent.name, outputs, runs.parent)
+        adopt_all(outputs, records)
         def filled(found): return f"{found[1]}{in_short(Paper(found[2], outputs))}\n{found[3]}"
         page.write_text(marked.sub(filled, text))
 

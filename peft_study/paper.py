@@ -10,7 +10,8 @@ __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates',
            'scores_text', 'told_apart', 'comparison_text', 'parameters_table', 'parameters_text', 'difference_to_full',
            'enough', 'flattery', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text', 'cost_is_drawn', 'chosen_runs',
            'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict', 'official_verdict',
-           'init_text', 'official_text', 'published', 'published_text', 'published_scaling_text', 'published_table',
+           'init_text', 'official_text', 'with_others', 'other_methods', 'others_table', 'others_verdict',
+           'others_text', 'published', 'published_text', 'published_scaling_text', 'published_table',
            'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure', 'cost_figure',
            'curves_figure', 'limits', 'not_part', 'conclusion', 'short_table', 'in_short', 'reproduce_text',
            'environment_table', 'runs_table']
@@ -32,13 +33,13 @@ from .methods.core import find_method
 from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, expected_best_figure,
                               layer_diagram, number, place_names, published_scaling, relative_to_full,
                               score_vs_parameters, shown_encoder, shown_method)
-from .report import (Marks, Trace, as_it_is, half_width, ordered_cells, markdown_table, pair_table,
-                               percent, shown_size)
+from .report import (Marks, Trace, against_table, as_it_is, half_width, ordered_cells, markdown_table,
+                               pair_table, percent, shown_size)
 from .results import (CELL, PLACE, DevExamples, best_sizes, budget_curves, cell_means, compare,
                                 compare_over_tasks, compare_pairs, done, floors, load_runs, methods_in, not_reported,
                                 paired, reported, runs_of, studies, usual_claims)
 from .runs import read_config, read_record
-from .statistics import glue_score, is_enough
+from .statistics import glue_score, holm, is_enough
 
 # %% ../nbs/24_paper.ipynb #47d1884d
 def listed(words) -> str:
@@ -851,6 +852,84 @@ def official_text(paper:Paper) -> str:
                      "weights, which `tests/test_peft.py` checks; scores differ where initial values do.",
                      official_verdict(paper))
 
+# %% ../nbs/24_paper.ipynb #cf43ac0d
+_NO_PROTOCOL = {"study", "task_name", "checkpoint", "data", "method", "lr", "seed"}   # may differ where runs compare
+
+@cache
+def with_others(paper:Paper) -> pd.DataFrame:
+    "The runs of this study and of `methods`, or of `methods` and `small`, on the tasks that both have in one protocol."
+    both = _with_other(paper, "small" if paper.study == "methods" else "methods")
+    protocol = [*PLACE, *(c for c in RunConfig.model_fields if c in both and c not in _NO_PROTOCOL)]
+    protocols = pd.Series(map(tuple, both[protocol].fillna("").astype(str).values), both.index)
+    def of(runs): return set(protocols[runs.index])
+    shown = reported(both)
+    return both[protocols.isin(of(shown[shown.study == "methods"]) & of(shown[shown.label == "full"]))]
+
+@cache
+def other_methods(paper:Paper) -> pd.DataFrame:
+    """A row for each cell of `methods` and what it is `against`, full fine-tuning or the basic form of its size:
+    `paired`, and `p_holm` over all rows."""
+    both, rows = with_others(paper), []
+    cells = ordered_cells(cell_means(both))
+    for place in place_names(reported(both)):
+        here = at_place(cells, place)
+        for i in range(len(here)):
+            cell, c = here.iloc[[i]], here.iloc[i]
+            runs = runs_of(both, cell)
+            if set(runs.study) != {"methods"} or c.label == "full": continue
+            basic = (here.label == c.method) & (here["size"] == c["size"]) & (c.label != c.method)
+            for _, other in here[(here.label == "full") | basic].iterrows():
+                found = paired(runs, runs_of(both, other.to_frame().T), paper.examples)
+                names = dict(against=other.label, against_size=other["size"])
+                if found["n"]: rows.append(dict(c[[*CELL, "parameters"]]) | names | found)
+    columns = [*CELL, "parameters", "against", "against_size", "difference", "n", "low", "high", "p"]
+    found = pd.DataFrame(rows, columns=columns)
+    return found.assign(p_holm=holm(found.p))
+
+def others_table(paper:Paper) -> str: return against_table(with_others(paper), other_methods(paper), paper.trace)
+
+def others_verdict(paper:Paper) -> str:
+    "How the other methods compare, on each task; empty where there is nothing to compare."
+    found = other_methods(paper)
+    if found.empty: return ""
+    to_full = found.against == "full"
+    each = [_sides_text(paper, found[to_full], "full fine-tuning"),
+            _sides_text(paper, found[~to_full], "the basic form of the same size")]
+    low = int((found.p_holm < .05).sum())
+    known = f"After Holm's correction, p is below 0.05 in {out_of(low, len(found), 'comparison')}."
+    return sentences(*each, _others_learned(paper), known if found.p.notna().all() else "")
+
+def _sides_text(paper:Paper, found, other:str) -> str:
+    "Which methods are better, worse, and not told apart, with differences in points: a sentence a task."
+    def said(row):
+        interval = f" ({percent(row.low)} to {percent(row.high)})" if row.low == row.low else ""
+        return f"{with_size(row.label, row.size)} {percent(row.difference, '+z.1f')}{interval}"
+    def sentence(title, here):
+        sides = dict(better=here[here.low > 0], worse=here[here.high < 0])
+        sides["not told apart"] = here[~(here.low > 0) & ~(here.high < 0)]
+        words = [f"{side}, {listed(map(said, rows.itertuples()))}" for side, rows in sides.items() if len(rows)]
+        return f"Against {other} on {title}, in points: {'; '.join(words)}."
+    found, titles = found.sort_values("difference", ascending=False), place_names(reported(with_others(paper)))
+    here = {title: at_place(found, place) for place, title in titles.items()}
+    return sentences(*(sentence(title, rows) for title, rows in here.items() if len(rows)))
+
+def _others_learned(paper:Paper) -> str:
+    "Which of the other methods are above the linear probe and the constant prediction."
+    both, found = with_others(paper), other_methods(paper)
+    marks, idle = Marks(both, paper.examples), {}
+    for place, title in place_names(reported(both)).items():
+        for label in methods_in(at_place(found, place)):
+            if marks.not_learned(place, label): idle.setdefault(title, []).append(in_words(label))
+    where = "; ".join(f"{listed(labels)} on {title}" for title, labels in idle.items())
+    return f"Not shown to have learned: {where}." if where else "All are shown to have learned."
+
+def others_text(paper:Paper) -> str:
+    verdict = others_verdict(paper)
+    if not verdict: return ""
+    return sentences("@tbl-others has the methods of the study `methods`, one size each, which were tuned and repeated "
+                     "in the same way with the same seeds.", verdict)
+
+
 # %% ../nbs/24_paper.ipynb #717aeed7
 def published(name:str) -> pd.DataFrame: return pd.read_csv(root()/"reports"/"published"/name)
 
@@ -950,6 +1029,8 @@ def not_part(paper:Paper) -> str:
     sections = read_ini(settings_file()).sections()   # settings of one's own may declare neither study
     missing += [f"{what} (`peft-study study {name}`)" for name, (what, *_) in PAIRED.items()
                 if name in sections and paired_runs(paper, name).empty]
+    if "methods" in sections and other_methods(paper).empty:
+        missing.append("other methods, one size each (`peft-study study methods`)")
     return f"Not part of this study: {'; '.join(missing)}." if missing else ""
 
 # %% ../nbs/24_paper.ipynb #aafa7433
@@ -1062,6 +1143,7 @@ def in_short(paper:Paper) -> str:
     answers = [*learned,
                f"- **How close?** {sentences(_how_close(paper), told_apart(paper))}",
                f"- **How many parameters?** {_how_many(paper)}"]
+    if text := others_verdict(paper): answers.append(f"- **Other methods?** {text}")
     if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {flattery(paper)}")
     if text := init_verdict(paper): answers.append(f"- **Must adapters start near the identity?** {text}")
     if text := official_verdict(paper): answers.append(f"- **As the official implementations?** {text}")

@@ -100,10 +100,13 @@ def label_lines(ax, ends:dict): # name → (x, y, colour)
 # %% ../nbs/22_plots.ipynb #8c4ec5ab
 METHOD_NAMES = dict(full="full", top_k="top layers", adapter="adapters", lora="LoRA", bitfit="BitFit",
                     layernorm="LayerNorms", ia3="(IA)³", prompt="prompt tuning", prefix="prefix tuning",
-                    head="linear probe")
+                    head="linear probe") | {
+    "adapter pfeiffer": "Pfeiffer adapters", "adapter parallel": "parallel adapters", "lora dora": "DoRA",
+    "lora rslora": "rsLoRA", "lora all targets": "LoRA on all linear layers"}
 
 def shown_method(label:str) -> str:
     "A method as readers know it, with its variant."
+    if label in METHOD_NAMES: return METHOD_NAMES[label]
     base, *variant = label.split()
     name = METHOD_NAMES.get(base.removeprefix("hf_"), base)
     if base.startswith("hf_"): name += " (HF)"

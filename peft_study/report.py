@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAGE', 'STYLE', 'INSTALL', 'Trace', 'anchor', 'markdown_table', 'as_it_is', 'percent', 'points', 'shown_size',
            'half_width', 'Marks', 'cell_names', 'main_table', 'ordered_cells', 'size_table', 'cost_table', 'p_text',
-           'interval_text', 'test_table', 'pair_table', 'usual_table', 'save_trace', 'trace_cell',
+           'interval_text', 'test_table', 'pair_table', 'against_table', 'usual_table', 'save_trace', 'trace_cell',
            'without_empty_captions', 'without_empty_sections', 'with_front_matter', 'execute_report', 'quarto_program',
            'render_with_quarto', 'options', 'as_markdown', 'walk', 'numbered', 'render_with_pandoc', 'report']
 
@@ -201,6 +201,22 @@ def pair_table(table, found, trace:Trace, name:str) -> str: # found: of `compare
                      interval_text(f["low"], f["high"]), f["n"], p_text(f["p"]), p_text(f["p_holm"])])
     header = ["task", "first, second", "size", "lr", "first", "second", "difference", "95% interval", "seeds", "p",
               "p (Holm)"]
+    return markdown_table(header, rows, right=3) if rows else ""
+
+def against_table(table, found, trace:Trace, name:str="tbl-others") -> str: # found: of `paper.other_methods`
+    "Markdown; empty where there is nothing to compare."
+    shown, rows = reported(table), []
+    named, titles = cell_names(shown), place_names(shown)
+    for f in found.to_dict("records"):
+        place, methods, scores = tuple(f[p] for p in PLACE), [], []
+        here = at_place(shown, place)
+        for label, size in ((f["label"], f["size"]), (f["against"], f["against_size"])):
+            runs = here[(here.label == label) & (here["size"] == size)]
+            methods.append(shown_method(label) if size == "all" else f"{shown_method(label)}, {shown_size(size)}")
+            scores.append(trace.cell(name, named(place, label, size), percent(runs.score.mean()), runs))
+        rows.append([titles[place], *methods, f"{f['parameters']:,}", *scores, points(f["difference"]),
+                     interval_text(f["low"], f["high"]), p_text(f["p_holm"])])
+    header = ["task", "method", "against", "parameters", "score", "its score", "difference", "95% interval", "p (Holm)"]
     return markdown_table(header, rows, right=3) if rows else ""
 
 def usual_table(table, trace:Trace, name:str="tbl-usual") -> str:

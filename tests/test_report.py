@@ -122,6 +122,18 @@ def test_numbers_lead_to_runs(reported, study, command):
     assert code == 2 and "no study 'nothing'" in err and len(err.strip().splitlines()) == 1
 
 
+def test_published_study(command, tmp_path):
+    "A fresh clone renders a published study, with the comparisons of the others, and traces each of its numbers."
+    code, out, err = command("report", "ablation_init", "--to", "html", outputs=tmp_path)
+    assert code == 0 and "From scratch and official" in check_page(tmp_path/"ablation_init/report").text, err
+    tables = json.loads((tmp_path/"ablation_init/report/trace.json").read_text())
+    runs = [run for cells in tables.values() for cell in cells.values() for run in cell["runs"]]
+    assert {run["study"] for run in runs} >= {"ablation_init", "official"} and all(run["command"] for run in runs)
+    cell = next(iter(tables["tbl-init"]))
+    code, out, err = command("trace", "tbl-init", cell, outputs=tmp_path)
+    assert code == 0 and out.count("peft-study run") == 5, err
+
+
 @pytest.mark.parametrize("keep, words", [
     (dict(method="lora", size="r1", seed=0), "The study has no full fine-tuning"),
     (dict(method="lora"), "no full fine-tuning"),
