@@ -317,7 +317,7 @@ def report_(study:FinishedStudy, outputs:Outputs=Path("outputs"),
             to:Annotated[str, typer.Option(help="html, typst (for a PDF), or both with a comma")]="html,typst"):
     "The study as a paper, HTML and PDF; with its published records, where the repository has some."
     from peft_study.records import adopt_all, records_folder
-    if (records_folder(study)/"runs").is_dir(): adopt_all(outputs)
+    if (records_folder(study)/"runs").is_dir(): adopt_all(outputs)   # others too, for what is compared with them
     write_report(study, outputs, _split(to))
 
 # %% ../nbs/26_cli.ipynb #c100002d
@@ -346,8 +346,10 @@ def _answer(source:dict) -> str:
 def predict(study:FinishedStudy, outputs:Outputs=Path("outputs"),
             method:Annotated[Optional[str], typer.Option(help="only its runs (default: the best of all)")]=None,
             fill:Annotated[bool, typer.Option("--fill", help="the most frequent label where no run can answer")]=False):
-    "The GLUE submission of a study's best runs on dev, as the zip that the server takes."
+    "The GLUE submission of a study's best runs on the tuning split, or dev, as the zip that the server takes."
+    from peft_study.records import adopt
     from peft_study.submission import submit
+    adopt(study, outputs)
     file = submit(study, outputs, method, fill)
     for name, source in read_json(file.parent/"manifest.json")["files"].items():
         print(f"{name:12} {source['rows']:7,}  {_answer(source)}")

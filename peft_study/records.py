@@ -8,8 +8,10 @@ __all__ = ['records_folder', 'publish', 'adopt', 'adopt_all', 'begun']
 # %% ../nbs/14_records.ipynb #49586052
 import re, shutil
 from pathlib import Path
+from zipfile import ZipFile
 import nbformat
 from .files import BadInput, read_json, repository
+from .glue import TASKS, splits
 from .results import DEV_FILE, done, predictions_of, publish_predictions, reported, write_results
 from .runs import is_done, make_folder, read_record, write_atomic, write_json
 
@@ -72,6 +74,15 @@ def _adopt_run(folder:Path, to:Path):
     answers = predictions_of(folder.name, folder.parents[1])
     if answers is not None: answers.to_csv(to/"predictions"/"dev.tsv", sep="\t")
 
+def _adopt_answers(submission:Path, runs:Path): # a published one; the folder of runs
+    "Give the runs behind a submission the test predictions that it has of them."
+    names = {s.submission: s.name for task in TASKS.values() for s in splits(task).values()}
+    with ZipFile(submission/"submission.zip") as answers:
+        for file, source in read_json(submission/"manifest.json")["files"].items():
+            if "run_id" not in source: continue
+            predictions = runs/source["run_id"]/"predictions"/f"{names[file]}.tsv"
+            if not predictions.exists(): write_atomic(predictions, answers.read(file).decode())
+
 def adopt(study:str, outputs="outputs",
           records=None # default: `records_folder`
          ) -> int:     # so many runs
@@ -79,6 +90,8 @@ def adopt(study:str, outputs="outputs",
     records, there = Path(records or records_folder(study)), Path(outputs)/study
     missing = [f for f in sorted(records.glob("runs/*")) if is_done(f) and not is_done(there/"runs"/f.name)]
     for folder in missing: _adopt_run(folder, there/"runs"/folder.name)
+    if missing:
+        for manifest in records.glob("submission/*/manifest.json"): _adopt_answers(manifest.parent, there/"runs")
     if missing and (records/"study.json").is_file() and not (there/"study.json").exists():
         shutil.copyfile(records/"study.json", there/"study.json")
     return len(missing)

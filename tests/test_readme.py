@@ -1,5 +1,6 @@
 "README's numbers are those of the records."
 import json, re
+from zipfile import ZipFile
 import pandas as pd
 import pytest
 from conftest import REPO
@@ -29,6 +30,17 @@ def test_links_of_published_pages(page):
         target = page.parent/file if file else page
         assert target.is_file(), link
         if anchor: assert re.search(f"""id=["']{re.escape(anchor)}["']""", target.read_text()), link
+
+
+def test_submission(command, glue, tmp_path):
+    "A fresh clone makes the published submission from the records."
+    if glue.resolve() != (REPO/"../shared/glue").resolve(): pytest.skip("the published runs name ../shared/glue")
+    code, out, err = command("predict", "small", "--fill", cwd=REPO, outputs=tmp_path)
+    assert code == 0, err
+    made, published = tmp_path/"small/submission/best", REPO/"reports/records/small/submission/best"
+    assert (made/"manifest.json").read_text() == (published/"manifest.json").read_text()
+    with ZipFile(published/"submission.zip") as z:
+        for name in z.namelist(): assert (made/name).read_bytes() == z.read(name), name
 
 
 def mean_and_spread(scores) -> str:
