@@ -8,13 +8,13 @@ __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates',
            'abstract', 'code_address', 'origin', 'about_full', 'about_probe', 'layer_figure', 'methods_table',
            'data_text', 'data_table', 'setup_table', 'common_settings', 'setup_text', 'protocol_text', 'status_text',
            'scores_text', 'told_apart', 'comparison_text', 'parameters_table', 'parameters_text', 'difference_to_full',
-           'enough', 'flattery', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text', 'cost_is_drawn', 'chosen_runs',
-           'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict', 'official_verdict',
-           'init_text', 'official_text', 'with_others', 'other_methods', 'others_table', 'others_verdict',
-           'others_text', 'published', 'published_text', 'published_scaling_text', 'published_table',
+           'enough', 'flattery', 'edges', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text', 'cost_is_drawn',
+           'chosen_runs', 'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict',
+           'official_verdict', 'init_text', 'official_text', 'with_others', 'other_methods', 'others_table',
+           'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text', 'published_table',
            'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure', 'cost_figure',
-           'curves_figure', 'limits', 'not_part', 'conclusion', 'short_table', 'in_short', 'reproduce_text',
-           'environment_table', 'runs_table']
+           'curves_figure', 'about_encoder', 'limits', 'not_part', 'conclusion', 'short_table', 'in_short',
+           'reproduce_text', 'environment_table', 'runs_table']
 
 # %% ../nbs/24_paper.ipynb #d326cd8d
 import math, re, subprocess
@@ -734,20 +734,24 @@ def flattery(paper:Paper) -> str:
     return ("Choosing on dev claims more than the dev score of what the tuning split chooses, from the same runs: on "
             f"average{over} by {by}.")
 
-def at_the_edge(paper:Paper) -> str:
-    "Which cells chose the lowest or the highest of the learning rates that they tried."
+def edges(table, cells, titles:dict # place → its name
+         ) -> dict[str, list[str]]: # name of the place → in words
+    "The cells that chose the lowest or the highest of the learning rates that they tried."
     found = {}
-    for i in range(len(paper.cells)):
-        cell = paper.cells.iloc[[i]]
+    for i in range(len(cells)):
+        cell = cells.iloc[[i]]
         place = tuple(cell[PLACE].iloc[0])
         label, size = cell.label.iloc[0], cell["size"].iloc[0]
-        here = at_place(paper.done, place)
+        here = at_place(done(table), place)
         tried = here.lr[(here.label == label) & (here["size"] == size)]
-        chosen = runs_of(paper.table, cell).lr.iloc[0]
+        chosen = runs_of(table, cell).lr.iloc[0]
         if tried.nunique() < 2 or tried.min() < chosen < tried.max(): continue
-        found.setdefault(paper.places[place], []).append(f"{with_size(label, size)} ({rates([chosen])})")
-    if not found: return ""
+        found.setdefault(titles[place], []).append(f"{with_size(label, size)} ({rates([chosen])})")
+    return found
+
+def at_the_edge(found:dict) -> str: # of `edges`
     where = "; ".join(f"on {title} {listed(names)}" for title, names in found.items())
+    if not where: return ""
     return ("The chosen learning rate is the lowest or the highest that was tried, so that another might be better, "
             f"{where}.")
 
@@ -763,7 +767,7 @@ def tuning_text(paper:Paper) -> str:
                  f"from the runs that tune. {flattery(paper)}")
     drawn = ("@fig-tuning shows the expected dev score of the best of a number of tried configurations, by the "
              "unbiased estimate of @tang2020showing; @dodge2019show introduced such curves.") if several else ""
-    return sentences(usual, drawn, at_the_edge(paper))
+    return sentences(usual, drawn, at_the_edge(edges(paper.table, paper.cells, paper.places)))
 
 def has_costs(paper:Paper) -> bool: return "cost_train_seconds" in paper.runs
 
@@ -897,7 +901,7 @@ def others_verdict(paper:Paper) -> str:
             _sides_text(paper, found[~to_full], "the basic form of the same size")]
     low = int((found.p_holm < .05).sum())
     known = f"After Holm's correction, p is below 0.05 in {out_of(low, len(found), 'comparison')}."
-    return sentences(*each, _others_learned(paper), known if found.p.notna().all() else "")
+    return sentences(*each, _others_learned(paper), known if found.p.notna().all() else "", _others_edge(paper))
 
 def _sides_text(paper:Paper, found, other:str) -> str:
     "Which methods are better, worse, and not told apart, with differences in points: a sentence a task."
@@ -922,6 +926,12 @@ def _others_learned(paper:Paper) -> str:
             if marks.not_learned(place, label): idle.setdefault(title, []).append(in_words(label))
     where = "; ".join(f"{listed(labels)} on {title}" for title, labels in idle.items())
     return f"Not shown to have learned: {where}." if where else "All are shown to have learned."
+
+def _others_edge(paper:Paper) -> str:
+    "Which of the other methods chose a rate at the edge."
+    both = with_others(paper)
+    cells = cell_means(both[both.study == "methods"])
+    return at_the_edge(edges(both, cells, place_names(reported(both))))
 
 def others_text(paper:Paper) -> str:
     verdict = others_verdict(paper)
@@ -984,6 +994,13 @@ def cost_figure(paper:Paper): return cost_vs_score(paper.table)
 def curves_figure(paper:Paper): return curves_by_place(chosen_runs(paper), paper.outputs)
 
 # %% ../nbs/24_paper.ipynb #03c842dc
+def about_encoder(paper:Paper) -> str:
+    "What its former training has to do with the tasks."
+    if "minilm" not in set(paper.runs.checkpoint) or paper.synthetic: return ""
+    return ("MiniLM [@wang2020minilm] has 6 layers and 22.7 million parameters, and this checkpoint was further "
+            "trained for sentence embeddings on data that includes SNLI, MultiNLI and QQP, so that its scores on "
+            "inference and paraphrase are contaminated. Its pooler was not part of that training.")
+
 def limits(paper:Paper) -> str:
     "Markdown, a list."
     seeds = plural(paper.seeds, "seed")
@@ -991,10 +1008,7 @@ def limits(paper:Paper) -> str:
     checks = [
         (paper.synthetic, "The data are synthetic and made from a seed. They test that methods learn; they do not "
                           "rank methods."),
-        ("minilm" in set(paper.runs.checkpoint) and not paper.synthetic,
-         "MiniLM [@wang2020minilm] has 6 layers and 22.7 million parameters, and this checkpoint was further "
-         "trained for sentence embeddings on data that includes SNLI, MultiNLI and QQP, so that its scores on "
-         "inference and paraphrase are contaminated. Its pooler was not part of that training."),
+        (about_encoder(paper), about_encoder(paper)),
         ("wnli" in paper.tasks and not paper.synthetic,
          "WNLI's dev set shares sentences with its training set under opposite labels, and the majority class is "
          "hard to beat there."),
@@ -1130,6 +1144,13 @@ def short_table(paper:Paper) -> str:
     header = ["", "trainable parameters", *(f"{title}, %" for title in paper.places.values())]
     return markdown_table(header, rows)
 
+def _limits_in_short(paper:Paper) -> str:
+    counts = {title: len(names) for title, names in edges(paper.table, paper.cells, paper.places).items()}
+    where = listed(f"{n} on {title}" for title, n in counts.items())
+    edge = (f"Of {plural(len(paper.cells), 'score')} in the table, {sum(counts.values())} are at the lowest or the "
+            f"highest learning rate that was tried, so that another might be better: {where}. The report names them.")
+    return sentences(about_encoder(paper).replace(" [@wang2020minilm]", ""), edge if counts else "")
+
 def in_short(paper:Paper) -> str:
     "Markdown: what was done, the table, and what it shows."
     runs, seeds, epochs = plural(len(paper.done), "run"), seeds_in_words(paper.runs.seed), set(paper.done.n_epochs)
@@ -1147,7 +1168,7 @@ def in_short(paper:Paper) -> str:
     if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {flattery(paper)}")
     if text := init_verdict(paper): answers.append(f"- **Must adapters start near the identity?** {text}")
     if text := official_verdict(paper): answers.append(f"- **As the official implementations?** {text}")
-    if edge := at_the_edge(paper): answers.append(f"- **Limits.** {edge}")
+    if limit := _limits_in_short(paper): answers.append(f"- **Limits.** {limit}")
     return "\n\n".join([sentences(f"{what}.", below, intervals), short_table(paper), "\n".join(answers)])
 
 # %% ../nbs/24_paper.ipynb #7c1ae333
