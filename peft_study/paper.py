@@ -884,9 +884,9 @@ def other_methods(paper:Paper) -> pd.DataFrame:
             basic = (here.label == c.method) & (here["size"] == c["size"]) & (c.label != c.method)
             for _, other in here[(here.label == "full") | basic].iterrows():
                 found = paired(runs, runs_of(both, other.to_frame().T), paper.examples)
-                names = dict(against=other.label, against_size=other["size"])
+                names = dict(against=other.label, against_parameters=other.parameters)
                 if found["n"]: rows.append(dict(c[[*CELL, "parameters"]]) | names | found)
-    columns = [*CELL, "parameters", "against", "against_size", "difference", "n", "low", "high", "p"]
+    columns = [*CELL, "parameters", "against", "against_parameters", "difference", "n", "low", "high", "p"]
     found = pd.DataFrame(rows, columns=columns)
     return found.assign(p_holm=holm(found.p))
 
@@ -907,7 +907,9 @@ def _sides_text(paper:Paper, found, other:str) -> str:
     "Which methods are better, worse, and not told apart, with differences in points: a sentence a task."
     def said(row):
         interval = f" ({percent(row.low)} to {percent(row.high)})" if row.low == row.low else ""
-        return f"{with_size(row.label, row.size)} {percent(row.difference, '+z.1f')}{interval}"
+        counts = f" ({row.parameters:,} parameters, not {row.against_parameters:,})"
+        if row.against == "full" or row.parameters == row.against_parameters: counts = ""
+        return f"{with_size(row.label, row.size)}{counts} {percent(row.difference, '+z.1f')}{interval}"
     def sentence(title, here):
         sides = dict(better=here[here.low > 0], worse=here[here.high < 0])
         sides["not told apart"] = here[~(here.low > 0) & ~(here.high < 0)]

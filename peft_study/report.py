@@ -208,15 +208,15 @@ def against_table(table, found, trace:Trace, name:str="tbl-others") -> str: # fo
     shown, rows = reported(table), []
     named, titles = cell_names(shown), place_names(shown)
     for f in found.to_dict("records"):
-        place, methods, scores = tuple(f[p] for p in PLACE), [], []
-        here = at_place(shown, place)
-        for label, size in ((f["label"], f["size"]), (f["against"], f["against_size"])):
-            runs = here[(here.label == label) & (here["size"] == size)]
-            methods.append(shown_method(label) if size == "all" else f"{shown_method(label)}, {shown_size(size)}")
-            scores.append(trace.cell(name, named(place, label, size), percent(runs.score.mean()), runs))
-        rows.append([titles[place], *methods, f"{f['parameters']:,}", *scores, points(f["difference"]),
+        place = tuple(f[p] for p in PLACE)
+        runs = at_place(shown, place)
+        runs = runs[(runs.label == f["label"]) & (runs["size"] == f["size"])]
+        score = trace.cell(name, named(place, f["label"], f["size"]), percent(runs.score.mean()), runs)
+        rows.append([titles[place], shown_method(f["label"]), shown_size(f["size"]), f"{f['parameters']:,}", score,
+                     shown_method(f["against"]), f"{f['against_parameters']:,}", points(f["difference"]),
                      interval_text(f["low"], f["high"]), p_text(f["p_holm"])])
-    header = ["task", "method", "against", "parameters", "score", "its score", "difference", "95% interval", "p (Holm)"]
+    header = ["task", "method", "size", "parameters", "score", "against", "its parameters", "difference",
+              "95% interval", "p (Holm)"]
     return markdown_table(header, rows, right=3) if rows else ""
 
 def usual_table(table, trace:Trace, name:str="tbl-usual") -> str:
