@@ -82,16 +82,19 @@ def save(fig, path # without suffix
 def label_lines(ax, ends:dict): # name → (x, y, colour)
     "Write each name to the right of its point, and as near to its height as other points and names leave room."
     points = {name: ax.transData.transform((x, y)) * 72 / ax.figure.dpi for name, (x, y, _) in ends.items()}
+    frame = ax.get_window_extent()
+    bottom, top = 72 * frame.y0 / ax.figure.dpi + 5, 72 * frame.y1 / ax.figure.dpi - 5
     placed = []   # in points, of 1/72 inch
-    def is_free(left, height, width):
-        on_a_point = any(left + 2 < x < left + width and abs(y - height) < 8 for x, y in points.values())
-        on_a_name = any(abs(x - left) < 60 and abs(y - height) < 11 for x, y in placed)
-        return not on_a_point and not on_a_name
+    def is_free(left, right, height):
+        on_a_point = any(left + 2 < x < right and abs(y - height) < 8 for x, y in points.values())
+        on_a_name = any(left < r and l < right and abs(y - height) < 11 for l, r, y in placed)
+        return bottom < height < top and not on_a_point and not on_a_name
     for name, (x, y, colour) in sorted(ends.items(), key=lambda e: e[1][1]):
         left, up = points[name]
-        shifts = sorted(range(-12, 120), key=abs)
-        shift = next((s for s in shifts if is_free(left, up + s, 6 + 4.5 * len(name))), 0)
-        placed.append((left, up + shift))
+        right = left + 6 + 4.5 * len(name)
+        shifts = sorted(range(-120, 120), key=abs)
+        shift = next((s for s in shifts if is_free(left, right, up + s)), 0)
+        placed.append((left, right, up + shift))
         text = ax.annotate(name, (x, y), (6, shift), textcoords="offset points", color=colour, fontsize=8,
                            va="center", annotation_clip=False, zorder=5)
         # a line behind it does not strike it through
