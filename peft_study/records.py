@@ -81,7 +81,9 @@ def _adopt_answers(submission:Path, runs:Path): # a published one; the folder of
         for file, source in read_json(submission/"manifest.json")["files"].items():
             if "run_id" not in source: continue
             predictions = runs/source["run_id"]/"predictions"/f"{names[file]}.tsv"
-            if not predictions.exists(): write_atomic(predictions, answers.read(file).decode())
+            if is_done(runs/source["run_id"]) and not predictions.exists():
+                make_folder(predictions.parent)
+                write_atomic(predictions, answers.read(file).decode())
 
 def adopt(study:str, outputs="outputs",
           records=None # default: `records_folder`
@@ -90,8 +92,7 @@ def adopt(study:str, outputs="outputs",
     records, there = Path(records or records_folder(study)), Path(outputs)/study
     missing = [f for f in sorted(records.glob("runs/*")) if is_done(f) and not is_done(there/"runs"/f.name)]
     for folder in missing: _adopt_run(folder, there/"runs"/folder.name)
-    if missing:
-        for manifest in records.glob("submission/*/manifest.json"): _adopt_answers(manifest.parent, there/"runs")
+    for manifest in records.glob("submission/*/manifest.json"): _adopt_answers(manifest.parent, there/"runs")
     if missing and (records/"study.json").is_file() and not (there/"study.json").exists():
         shutil.copyfile(records/"study.json", there/"study.json")
     return len(missing)
