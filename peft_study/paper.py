@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates', 'seeds_in_words', 'in_words', 'with_size', 'be',
-           'points_from', 'capital', 'Paper', 'against_full', 'tally', 'decided', 'encoder_config', 'learning_parts',
-           'abstract', 'code_address', 'origin', 'about_full', 'about_probe', 'layer_figure', 'methods_table',
-           'data_text', 'data_table', 'setup_table', 'common_settings', 'setup_text', 'protocol_text', 'status_text',
-           'scores_text', 'told_apart', 'comparison_text', 'parameters_table', 'parameters_text', 'difference_to_full',
-           'enough', 'flattery', 'edges', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text', 'cost_is_drawn',
-           'chosen_runs', 'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict',
+           'with_interval', 'points_from', 'capital', 'Paper', 'against_full', 'tally', 'decided', 'encoder_config',
+           'learning_parts', 'abstract', 'code_address', 'origin', 'about_full', 'about_probe', 'layer_figure',
+           'methods_table', 'data_text', 'data_table', 'setup_table', 'common_settings', 'setup_text', 'protocol_text',
+           'status_text', 'scores_text', 'told_apart', 'comparison_text', 'parameters_table', 'parameters_text',
+           'difference_to_full', 'enough', 'flattery', 'edges', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text',
+           'cost_is_drawn', 'chosen_runs', 'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict',
            'official_verdict', 'init_text', 'official_text', 'with_others', 'other_methods', 'others_table',
            'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text', 'published_table',
            'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure', 'cost_figure',
@@ -34,7 +34,7 @@ from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, ex
                               layer_diagram, number, place_names, published_scaling, relative_to_full,
                               score_vs_parameters, shown_encoder, shown_method)
 from .report import (Marks, Trace, against_table, as_it_is, half_width, ordered_cells, markdown_table,
-                               pair_table, percent, shown_size)
+                               pair_table, percent, points, shown_size)
 from .results import (CELL, PLACE, DevExamples, best_sizes, budget_curves, cell_means, compare,
                                 compare_over_tasks, compare_pairs, done, floors, load_runs, methods_in, not_reported,
                                 paired, reported, runs_of, studies, usual_claims)
@@ -97,13 +97,19 @@ def be(label:str) -> str:
     "The verb that goes with a method."
     return "are" if label.split()[0] in ("adapter", "layernorm") else "is"
 
+def with_interval(difference, low, high) -> str: # fractions
+    "Points with their sign, and the interval where there is one: `+1.3 (0.2 to 2.4)`."
+    return points(difference) + ("" if low != low else f" ({percent(low)} to {percent(high)})")
+
 def points_from(difference:float) -> str:
     "A difference of scores (fractions) in words: `1.3 points below`."
     amount = number(100 * abs(difference))
     if amount == "0.0": return "level with"
     return f"{amount} {'point' if amount == '1.0' else 'points'} {'above' if difference > 0 else 'below'}"
 
-def capital(text:str) -> str: return text[:1].upper() + text[1:]
+def capital(text:str) -> str:
+    "As at the start of a sentence; a name such as rsLoRA stays as it is."
+    return text if re.match("[a-z]+[A-Z]", text) else text[:1].upper() + text[1:]
 
 # %% ../nbs/24_paper.ipynb #d16e5cba
 class Paper:
@@ -871,24 +877,31 @@ def with_others(paper:Paper) -> pd.DataFrame:
 
 @cache
 def other_methods(paper:Paper) -> pd.DataFrame:
-    """A row for each cell of `methods` and what it is `against`, full fine-tuning or the basic form of its size:
-    `paired`, and `p_holm` over all rows."""
+    """A row for each cell of `methods`, its `score` ± `half` of the interval, and what it is `against`: `paired`, and
+    `p_holm` over all rows."""
     both, rows = with_others(paper), []
-    cells = ordered_cells(cell_means(both))
+    cells = ordered_cells(cell_means(both, paper.examples))
     for place in place_names(reported(both)):
         here = at_place(cells, place)
         for i in range(len(here)):
             cell, c = here.iloc[[i]], here.iloc[i]
             runs = runs_of(both, cell)
             if set(runs.study) != {"methods"} or c.label == "full": continue
-            basic = (here.label == c.method) & (here["size"] == c["size"]) & (c.label != c.method)
-            for _, other in here[(here.label == "full") | basic].iterrows():
+            about = dict(c[[*CELL, "parameters", "score"]]) | dict(half=half_width(c.low, c.high))
+            for _, other in _sides_of(c, here).iterrows():
                 found = paired(runs, runs_of(both, other.to_frame().T), paper.examples)
-                names = dict(against=other.label, against_parameters=other.parameters)
-                if found["n"]: rows.append(dict(c[[*CELL, "parameters"]]) | names | found)
-    columns = [*CELL, "parameters", "against", "against_parameters", "difference", "n", "low", "high", "p"]
+                names = dict(against=other.label, against_size=other["size"], against_parameters=other.parameters)
+                if found["n"]: rows.append(about | names | found)
+    columns = [*CELL, "parameters", "score", "half", "against", "against_size", "against_parameters", "difference", "n",
+               "low", "high", "p"]
     found = pd.DataFrame(rows, columns=columns)
     return found.assign(p_holm=holm(found.p))
+
+def _sides_of(cell, here): # a row, and all rows of its place
+    "Full fine-tuning; of a variant also its basic form, in the same size and with the nearest number of parameters."
+    basic = here[(here.label == cell.method) & (cell.label != cell.method)]
+    apart = (basic.parameters - cell.parameters).abs()
+    return pd.concat([here[here.label == "full"], basic[(basic["size"] == cell["size"]) | (apart == apart.min())]])
 
 def others_table(paper:Paper) -> str: return against_table(with_others(paper), other_methods(paper), paper.trace)
 
@@ -898,23 +911,30 @@ def others_verdict(paper:Paper) -> str:
     if found.empty: return ""
     to_full = found.against == "full"
     each = [_sides_text(paper, found[to_full], "full fine-tuning"),
-            _sides_text(paper, found[~to_full], "the basic form of the same size")]
+            _sides_text(paper, found[~to_full], "the basic form of the same size or the nearest number of parameters")]
     low = int((found.p_holm < .05).sum())
     known = f"After Holm's correction, p is below 0.05 in {out_of(low, len(found), 'comparison')}."
-    return sentences(*each, _others_learned(paper), known if found.p.notna().all() else "", _others_edge(paper))
+    known = known if found.p.notna().all() else ""
+    return sentences(*each, _others_learned(paper), known, at_the_edge(_others_edges(paper)))
 
 def _sides_text(paper:Paper, found, other:str) -> str:
-    "Which methods are better, worse, and not told apart, with differences in points: a sentence a task."
+    "Which methods are better and worse, with differences in points, and not told apart: a sentence a task."
+    def named(row):
+        against = f" against {shown_size(row.against_size)}"
+        if row.against == "full" or row.size == row.against_size: against = ""
+        return with_size(row.label, row.size) + against
     def said(row):
-        interval = f" ({percent(row.low)} to {percent(row.high)})" if row.low == row.low else ""
         counts = f" ({row.parameters:,} parameters, not {row.against_parameters:,})"
         if row.against == "full" or row.parameters == row.against_parameters: counts = ""
-        return f"{with_size(row.label, row.size)}{counts} {percent(row.difference, '+z.1f')}{interval}"
+        return f"{named(row)}{counts} {with_interval(row.difference, row.low, row.high)}"
     def sentence(title, here):
-        sides = dict(better=here[here.low > 0], worse=here[here.high < 0])
-        sides["not told apart"] = here[~(here.low > 0) & ~(here.high < 0)]
-        words = [f"{side}, {listed(map(said, rows.itertuples()))}" for side, rows in sides.items() if len(rows)]
-        return f"Against {other} on {title}, in points: {'; '.join(words)}."
+        better, worse = here.low > 0, here.high < 0
+        told = dict(better=here[better], worse=here[worse])
+        words = [f"{side}, {listed(map(said, rows.itertuples()))}" for side, rows in told.items() if len(rows)]
+        points = ", in points" if words else ""
+        open = here[~better & ~worse]
+        if len(open): words.append(f"not told apart, {listed(map(named, open.itertuples()))}")
+        return f"Against {other} on {title}{points}: {'; '.join(words)}."
     found, titles = found.sort_values("difference", ascending=False), place_names(reported(with_others(paper)))
     here = {title: at_place(found, place) for place, title in titles.items()}
     return sentences(*(sentence(title, rows) for title, rows in here.items() if len(rows)))
@@ -929,11 +949,10 @@ def _others_learned(paper:Paper) -> str:
     where = "; ".join(f"{listed(labels)} on {title}" for title, labels in idle.items())
     return f"Not shown to have learned: {where}." if where else "All are shown to have learned."
 
-def _others_edge(paper:Paper) -> str:
-    "Which of the other methods chose a rate at the edge."
+def _others_edges(paper:Paper) -> dict:
+    "`edges` of the other methods."
     both = with_others(paper)
-    cells = cell_means(both[both.study == "methods"])
-    return at_the_edge(edges(both, cells, place_names(reported(both))))
+    return edges(both, cell_means(both[both.study == "methods"]), place_names(reported(both)))
 
 def others_text(paper:Paper) -> str:
     verdict = others_verdict(paper)
@@ -1097,9 +1116,7 @@ def _by_size(paper:Paper, label:str) -> str:
 
 def _gain_text(label, small, large, gains) -> str:
     def said(title, gain):
-        known = gain["low"] == gain["low"]
-        interval = f" ({percent(gain['low'])} to {percent(gain['high'])})" if known else ""
-        return f"{percent(gain['difference'], '+z.1f')}{interval} on {title}"
+        return f"{with_interval(gain['difference'], gain['low'], gain['high'])} on {title}"
     return capital(f"{with_size(label, large)} against {shown_size(small)}, in points: "
                    f"{listed(said(*gain) for gain in gains)}.")
 
@@ -1119,13 +1136,11 @@ def _against_full(paper:Paper, cell) -> str:
     "The difference to full fine-tuning in points, with its interval over seeds and examples."
     found = None if cell.label.iloc[0] == "full" else difference_to_full(paper, cell)
     if found is None: return ""
-    difference = percent(cell.score.iloc[0] - found["full"], "+z.1f")
-    if found["low"] != found["low"]: return difference
-    return f"{difference} ({percent(found['low'])} to {percent(found['high'])})"
+    return with_interval(cell.score.iloc[0] - found["full"], found["low"], found["high"])
 
 def short_table(paper:Paper) -> str:
-    """Markdown: a row a method and size; a task has its score ± half of its interval, and below it the difference
-    to full."""
+    """Markdown: a row a method and size, those of `other_methods` as well; a task has its score ± half of its interval,
+    and below it the difference to full."""
     cells = {}
     for place in paper.places:
         here = at_place(paper.cells, place)
@@ -1136,28 +1151,44 @@ def short_table(paper:Paper) -> str:
             row = cells.setdefault((c.label, c["size"]), dict(parameters=c.parameters))
             difference = _against_full(paper, cell)
             row[place] = f"{score}<br>{difference}" if difference else score
+    others = other_methods(paper)
+    for o in others[others.against == "full"].to_dict("records"):
+        row = cells.setdefault((o["label"], o["size"]), dict(parameters=o["parameters"]))
+        score = f"{percent(o['score'])}{o['half']}<br>"
+        row[tuple(o[p] for p in PLACE)] = score + with_interval(o["difference"], o["low"], o["high"])
     constants = floors(paper.table, paper.examples)
     first = ["a constant prediction", ""]
     first += [percent(at_place(constants, place).constant.iloc[0]) for place in paper.places]
-    rows = [first]
-    for (label, size), row in cells.items():
+    rows, rank = [first], methods_in(pd.DataFrame(list(cells), columns=["label", "size"])).index
+    for (label, size), row in sorted(cells.items(), key=lambda cell: rank(cell[0][0])):
         scores = [row.get(place, "—") for place in paper.places]
         rows.append([capital(with_size(label, size)), f"{row['parameters']:,}", *scores])
     header = ["", "trainable parameters", *(f"{title}, %" for title in paper.places.values())]
     return markdown_table(header, rows)
 
 def _limits_in_short(paper:Paper) -> str:
-    counts = {title: len(names) for title, names in edges(paper.table, paper.cells, paper.places).items()}
+    found, n = edges(paper.table, paper.cells, paper.places), len(paper.cells)
+    if paper.study != "methods":   # whose table has them
+        for title, names in _others_edges(paper).items(): found[title] = found.get(title, []) + names
+        n += len(other_methods(paper).drop_duplicates(CELL))
+    counts = {title: len(names) for title, names in found.items()}
     where = listed(f"{n} on {title}" for title, n in counts.items())
-    edge = (f"Of {plural(len(paper.cells), 'score')} in the table, {sum(counts.values())} are at the lowest or the "
+    edge = (f"Of {plural(n, 'score')} in the table, {sum(counts.values())} are at the lowest or the "
             f"highest learning rate that was tried, so that another might be better: {where}. The report names them.")
     return sentences(about_encoder(paper).replace(" [@wang2020minilm]", ""), edge if counts else "")
 
+def _runs_in_words(runs) -> str: # finished ones
+    "How many, of how many epochs, and in how many hours."
+    epochs, text = set(runs.n_epochs), plural(len(runs), "run")
+    if len(epochs) == 1: text += f" of {plural(int(epochs.pop()), 'epoch')}"
+    if "cost_train_seconds" in runs: text += f" ({runs.cost_train_seconds.sum() / 3600:.1f} hours of training)"
+    return text
+
 def in_short(paper:Paper) -> str:
     "Markdown: what was done, the table, and what it shows."
-    runs, seeds, epochs = plural(len(paper.done), "run"), seeds_in_words(paper.runs.seed), set(paper.done.n_epochs)
-    if len(epochs) == 1: runs += f" of {plural(int(epochs.pop()), 'epoch')}"
-    if has_costs(paper): runs += f" ({paper.done.cost_train_seconds.sum() / 3600:.1f} hours of training)"
+    runs, seeds, beside = _runs_in_words(paper.done), seeds_in_words(paper.runs.seed), with_others(paper)
+    beside = done(beside[beside.study == "methods"]) if paper.study != "methods" else beside[:0]
+    others = f"The other methods are those of the study `methods`, {_runs_in_words(beside)}." if len(beside) else ""
     what = f"{listed(paper.encoders)} on {paper.where()}, {runs}; dev scores of {seeds}"
     if paper.two_stages: what += ", after another seed has tuned on a held-out part of the training set"
     below = "" if paper.comparisons.empty else "Below each score is its difference to full fine-tuning, in points."
@@ -1171,7 +1202,7 @@ def in_short(paper:Paper) -> str:
     if text := init_verdict(paper): answers.append(f"- **Must adapters start near the identity?** {text}")
     if text := official_verdict(paper): answers.append(f"- **As the official implementations?** {text}")
     if limit := _limits_in_short(paper): answers.append(f"- **Limits.** {limit}")
-    return "\n\n".join([sentences(f"{what}.", below, intervals), short_table(paper), "\n".join(answers)])
+    return "\n\n".join([sentences(f"{what}.", others, below, intervals), short_table(paper), "\n".join(answers)])
 
 # %% ../nbs/24_paper.ipynb #7c1ae333
 def reproduce_text(paper:Paper) -> str:

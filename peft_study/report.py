@@ -208,12 +208,13 @@ def against_table(table, found, trace:Trace, name:str="tbl-others") -> str: # fo
     shown, rows = reported(table), []
     named, titles = cell_names(shown), place_names(shown)
     for f in found.to_dict("records"):
-        place = tuple(f[p] for p in PLACE)
+        place, against = tuple(f[p] for p in PLACE), shown_method(f["against"])
+        if f["against_size"] != "all": against += f", {shown_size(f['against_size'])}"
         runs = at_place(shown, place)
         runs = runs[(runs.label == f["label"]) & (runs["size"] == f["size"])]
         score = trace.cell(name, named(place, f["label"], f["size"]), percent(runs.score.mean()), runs)
         rows.append([titles[place], shown_method(f["label"]), shown_size(f["size"]), f"{f['parameters']:,}", score,
-                     shown_method(f["against"]), f"{f['against_parameters']:,}", points(f["difference"]),
+                     against, f"{f['against_parameters']:,}", points(f["difference"]),
                      interval_text(f["low"], f["high"]), p_text(f["p_holm"])])
     header = ["task", "method", "size", "parameters", "score", "against", "its parameters", "difference",
               "95% interval", "p (Holm)"]
