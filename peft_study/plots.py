@@ -80,23 +80,24 @@ def save(fig, path # without suffix
 
 # %% ../nbs/22_plots.ipynb #312f104a
 def label_lines(ax, ends:dict): # name → (x, y, colour)
-    "Write each name to the right of its point, and as near to its height as other points and names leave room."
+    "Write each name to the right of its point, inside the frame, and as near to its height as there is room."
     points = {name: ax.transData.transform((x, y)) * 72 / ax.figure.dpi for name, (x, y, _) in ends.items()}
     frame = ax.get_window_extent()
-    bottom, top = 72 * frame.y0 / ax.figure.dpi + 5, 72 * frame.y1 / ax.figure.dpi - 5
+    bottom, top, end = (72 * edge / ax.figure.dpi for edge in (frame.y0, frame.y1, frame.x1))
     placed = []   # in points, of 1/72 inch
     def is_free(left, right, height):
         on_a_point = any(left + 2 < x < right and abs(y - height) < 8 for x, y in points.values())
         on_a_name = any(left < r and l < right and abs(y - height) < 11 for l, r, y in placed)
-        return bottom < height < top and not on_a_point and not on_a_name
+        return bottom + 6 < height < top - 6 and not on_a_point and not on_a_name
     for name, (x, y, colour) in sorted(ends.items(), key=lambda e: e[1][1]):
-        left, up = points[name]
-        right = left + 6 + 4.5 * len(name)
+        width, (point, up) = 6 + 4.5 * len(name), points[name]
+        left = min(point, end - width)
+        right = left + width
         shifts = sorted(range(-120, 120), key=abs)
         shift = next((s for s in shifts if is_free(left, right, up + s)), 0)
         placed.append((left, right, up + shift))
-        text = ax.annotate(name, (x, y), (6, shift), textcoords="offset points", color=colour, fontsize=8,
-                           va="center", annotation_clip=False, zorder=5)
+        text = ax.annotate(name, (x, y), (left - point + 6, shift), textcoords="offset points", color=colour,
+                           fontsize=8, va="center", annotation_clip=False, zorder=5)
         # a line behind it does not strike it through
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
