@@ -10,11 +10,11 @@ __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates',
            'status_text', 'scores_text', 'told_apart', 'comparison_text', 'parameters_table', 'parameters_text',
            'difference_to_full', 'enough', 'flattery', 'edges', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text',
            'cost_is_drawn', 'chosen_runs', 'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict',
-           'official_verdict', 'init_text', 'official_text', 'with_others', 'other_methods', 'others_table',
-           'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text', 'published_table',
-           'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure', 'cost_figure',
-           'curves_figure', 'about_encoder', 'limits', 'not_part', 'conclusion', 'short_table', 'in_short',
-           'reproduce_text', 'environment_table', 'runs_table']
+           'official_verdict', 'init_text', 'official_text', 'with_others', 'other_methods', 'others_figure',
+           'others_table', 'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text',
+           'published_table', 'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure',
+           'cost_figure', 'curves_figure', 'about_encoder', 'limits', 'not_part', 'conclusion', 'short_table',
+           'in_short', 'reproduce_text', 'environment_table', 'runs_table']
 
 # %% ../nbs/24_paper.ipynb #d326cd8d
 import math, re, subprocess
@@ -30,11 +30,11 @@ from .encoders import head_parameters, pooler_parameters
 from .files import default_outputs, read_ini, repository, root, settings_file
 from .glue import BadInput, TASKS, TRAIN_ROWS, get_task
 from .methods.core import find_method
-from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, expected_best_figure,
-                              layer_diagram, number, place_names, published_scaling, relative_to_full,
-                              score_vs_parameters, shown_encoder, shown_method)
+from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, differences_figure,
+                              expected_best_figure, layer_diagram, number, place_names, published_scaling,
+                              relative_to_full, score_vs_parameters, shown_encoder, shown_method, shown_size)
 from .report import (Marks, Trace, against_table, as_it_is, half_width, ordered_cells, markdown_table,
-                               pair_table, percent, points, shown_size)
+                               pair_table, percent, points)
 from .results import (CELL, PLACE, DevExamples, best_sizes, budget_curves, cell_means, compare,
                                 compare_over_tasks, compare_pairs, done, floors, load_runs, methods_in, not_reported,
                                 paired, reported, runs_of, studies, usual_claims)
@@ -809,7 +809,7 @@ def _with_other(paper:Paper, name:str):
     "The runs of the study, and of another where it is there."
     tables = [paper.table]
     if name in studies(paper.outputs) and name != paper.study: tables.append(load_runs(name, paper.outputs))
-    return pd.concat(tables)
+    return pd.concat(tables, ignore_index=True)
 
 @cache
 def paired_runs(paper:Paper, name:str):
@@ -903,6 +903,9 @@ def _sides_of(cell, here): # a row, and all rows of its place
     apart = (basic.parameters - cell.parameters).abs()
     return pd.concat([here[here.label == "full"], basic[(basic["size"] == cell["size"]) | (apart == apart.min())]])
 
+def others_figure(paper:Paper):
+    if len(other_methods(paper)): return differences_figure(with_others(paper), paper.examples)
+
 def others_table(paper:Paper) -> str: return against_table(with_others(paper), other_methods(paper), paper.trace)
 
 def others_verdict(paper:Paper) -> str:
@@ -957,8 +960,8 @@ def _others_edges(paper:Paper) -> dict:
 def others_text(paper:Paper) -> str:
     verdict = others_verdict(paper)
     if not verdict: return ""
-    return sentences("@tbl-others has the methods of the study `methods`, one size each, which were tuned and repeated "
-                     "in the same way with the same seeds.", verdict)
+    return sentences("@fig-others and @tbl-others have the methods of the study `methods`, one size each, which were "
+                     "tuned and repeated in the same way with the same seeds.", verdict)
 
 
 # %% ../nbs/24_paper.ipynb #717aeed7
