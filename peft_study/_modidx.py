@@ -922,6 +922,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'peft_study.results._configuration': ('results.html#_configuration', 'peft_study/results.py'),
                                     'peft_study.results._data_id': ('results.html#_data_id', 'peft_study/results.py'),
                                     'peft_study.results._encoder': ('results.html#_encoder', 'peft_study/results.py'),
+                                    'peft_study.results._fields': ('results.html#_fields', 'peft_study/results.py'),
                                     'peft_study.results._identify': ('results.html#_identify', 'peft_study/results.py'),
                                     'peft_study.results._method': ('results.html#_method', 'peft_study/results.py'),
                                     'peft_study.results._over_constant': ('results.html#_over_constant', 'peft_study/results.py'),

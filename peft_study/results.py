@@ -56,9 +56,11 @@ def _data_id(row:dict) -> str:
     n = row.get("max_train_examples")
     return f"{data}[:{n:.0f}]" if n and n == n else data
 
+def _fields(method) -> dict: return dict(RunConfig.model_fields) | (dict(type(method).model_fields) if method else {})
+
 def _configuration(row:dict, config:dict, method) -> str:
     "Names what decides a run but for its seed; a default counts as not given, for older runs lack newer settings."
-    fields = dict(RunConfig.model_fields) | (dict(type(method).model_fields) if method else {})
+    fields = _fields(method)
     def as_text(value): return json.dumps(value, default=str)   # a tuple, once written, is a list
     given = {k: v for k, v in config.items() if k not in fields or as_text(fields[k].default) != as_text(v)}
     same = json.dumps(given | dict(study="", seed=0, data=row["data_id"], checkpoint=row["encoder"]), sort_keys=True)
@@ -102,6 +104,8 @@ def _identify(row:dict) -> dict:
     method = _method(config)
     row["label"] = method.label if method else config["method"]
     row["variant"] = row["label"].removeprefix(config["method"]).strip()
+    defaults = {name: field.default for name, field in _fields(method).items() if not field.is_required()}
+    row |= {k: v for k, v in flatten(dict(config=defaults)).items() if k not in row}   # settings newer than the run
     row["encoder"], row["data_id"] = _encoder(row), _data_id(row)
     row["configuration"] = _configuration(row, config, method)
     row["selection"] = row.get(f"tune_{config.get('keep', 'last')}_score", row.get("score"))
