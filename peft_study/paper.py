@@ -909,7 +909,7 @@ def others_figure(paper:Paper):
 def others_table(paper:Paper) -> str: return against_table(with_others(paper), other_methods(paper), paper.trace)
 
 def others_verdict(paper:Paper) -> str:
-    "How the other methods compare, on each task; empty where there is nothing to compare."
+    "How the other methods compare; empty where there is nothing to compare."
     found = other_methods(paper)
     if found.empty: return ""
     to_full = found.against == "full"
@@ -917,30 +917,26 @@ def others_verdict(paper:Paper) -> str:
             _sides_text(paper, found[~to_full], "the basic form of the same size or the nearest number of parameters")]
     low = int((found.p_holm < .05).sum())
     known = f"After Holm's correction, p is below 0.05 in {out_of(low, len(found), 'comparison')}."
-    known = known if found.p.notna().all() else ""
-    return sentences(*each, _others_learned(paper), known, at_the_edge(_others_edges(paper)))
+    return sentences(*each, _others_learned(paper), known if found.p.notna().all() else "")
 
 def _sides_text(paper:Paper, found, other:str) -> str:
-    "Which methods are better and worse, with differences in points, and not told apart: a sentence a task."
-    def named(row):
-        against = f" against {shown_size(row.against_size)}"
-        if row.against == "full" or row.size == row.against_size: against = ""
-        return with_size(row.label, row.size) + against
+    "Which methods are better and worse, with differences in points, and how many comparisons are open."
+    if found.empty: return ""
+    titles = place_names(reported(with_others(paper)))
     def said(row):
-        counts = f" ({row.parameters:,} parameters, not {row.against_parameters:,})"
-        if row.against == "full" or row.parameters == row.against_parameters: counts = ""
-        return f"{named(row)}{counts} {with_interval(row.difference, row.low, row.high)}"
-    def sentence(title, here):
-        better, worse = here.low > 0, here.high < 0
-        told = dict(better=here[better], worse=here[worse])
-        words = [f"{side}, {listed(map(said, rows.itertuples()))}" for side, rows in told.items() if len(rows)]
-        points = ", in points" if words else ""
-        open = here[~better & ~worse]
-        if len(open): words.append(f"not told apart, {listed(map(named, open.itertuples()))}")
-        return f"Against {other} on {title}{points}: {'; '.join(words)}."
-    found, titles = found.sort_values("difference", ascending=False), place_names(reported(with_others(paper)))
-    here = {title: at_place(found, place) for place, title in titles.items()}
-    return sentences(*(sentence(title, rows) for title, rows in here.items() if len(rows)))
+        basic = row["against"] != "full"
+        against = f" against {shown_size(row['against_size'])}" if basic and row["size"] != row["against_size"] else ""
+        counts = f" ({row['parameters']:,} parameters, not {row['against_parameters']:,})"
+        if not basic or row["parameters"] == row["against_parameters"]: counts = ""
+        return (f"{with_size(row['label'], row['size'])}{against}{counts} on {titles[tuple(row[p] for p in PLACE)]} "
+                f"{with_interval(row['difference'], row['low'], row['high'])}")
+    found = found.sort_values("difference", ascending=False)
+    told = dict(better=found[found.low > 0], worse=found[found.high < 0])
+    words = [f"{side}, {listed(map(said, rows.to_dict('records')))}" for side, rows in told.items() if len(rows)]
+    points = ", in points" if words else ""
+    rest = len(found) - sum(map(len, told.values()))
+    if rest: words.append(f"not told apart in {out_of(rest, len(found), 'comparison')}")
+    return f"Against {other}{points}: {'; '.join(words)}."
 
 def _others_learned(paper:Paper) -> str:
     "Which of the other methods are above the linear probe and the constant prediction."
@@ -961,7 +957,8 @@ def others_text(paper:Paper) -> str:
     verdict = others_verdict(paper)
     if not verdict: return ""
     return sentences("@fig-others and @tbl-others have the methods of the study `methods`, one size each, which were "
-                     "tuned and repeated in the same way with the same seeds.", verdict)
+                     "tuned and repeated in the same way with the same seeds.", verdict,
+                     at_the_edge(_others_edges(paper)))
 
 
 # %% ../nbs/24_paper.ipynb #717aeed7
