@@ -1172,9 +1172,9 @@ def _limits_in_short(paper:Paper) -> str:
         for title, names in _others_edges(paper).items(): found[title] = found.get(title, []) + names
         n += len(other_methods(paper).drop_duplicates(CELL))
     counts = {title: len(names) for title, names in found.items()}
-    where = listed(f"{n} on {title}" for title, n in counts.items())
-    edge = (f"Of {plural(n, 'score')} in the table, {sum(counts.values())} are at the lowest or the "
-            f"highest learning rate that was tried, so that another might be better: {where}. The report names them.")
+    where = listed(f"{count} on {title}" for title, count in counts.items())
+    edge = (f"Of {plural(n, 'score')} in the table, {sum(counts.values())} are at the lowest or the highest learning "
+            f"rate that was tried, so that another might be better: {where}. The report names them.")
     return sentences(about_encoder(paper).replace(" [@wang2020minilm]", ""), edge if counts else "")
 
 def _runs_in_words(runs) -> str: # finished ones

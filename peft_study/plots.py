@@ -366,9 +366,11 @@ def differences_figure(table, examples:DevExamples|None=None):
     names = list(dict.fromkeys(rows.assign(rank=rank).sort_values(["rank", "parameters"]).name))
     places, colours = place_names(reported(table)), _colours(set(rows.label))
     places = {place: title for place, title in places.items() if len(at_place(rows, place))}
-    size = (2.2 + 2.2 * len(places), 1 + .2 * len(names))
-    fig, axes = plt.subplots(1, len(places), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for ax, (place, title) in zip(axes[0], places.items()):
+    across, down = min(3, len(places)), -(-len(places) // 3)
+    size = (2.2 + 2.2 * across, (1 + .2 * len(names)) * down)
+    fig, axes = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(places):]: ax.axis("off")
+    for ax, (place, title) in zip(axes.flat, places.items()):
         ax.axvline(0, color="#999999", lw=1, zorder=0)
         for r in at_place(rows, place).itertuples():
             height, colour = names.index(r.name), colours[r.label]
