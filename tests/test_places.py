@@ -1,9 +1,11 @@
 "Where files lie: what is tracked, what is written, from where it is found, and what may stand around it."
 import json, os, shutil, subprocess, sys
 from contextlib import chdir
+from importlib.metadata import distributions
 from pathlib import Path
 from zipfile import ZipFile
 import nbformat, pytest
+from packaging.specifiers import SpecifierSet
 from conftest import REPO
 from peft_study.config import read_study
 from peft_study.files import default_outputs
@@ -97,6 +99,12 @@ def test_a_flag_may_have_spaces(tmp_path):
         return sorted({config.data for config in study.configs})
     assert data(str(folder)) == [str(folder)] and data("demo hub") == ["demo", "hub"]
     assert data(f'demo "{folder}/not there"') == [f"{folder}/not there", "demo"]
+
+
+def test_oldest_python():
+    "Every library that set-up installs takes the first Python 3.11, as README says."
+    asked = {d.name: d.metadata["Requires-Python"] or "" for d in distributions()}
+    assert len(asked) > 100 and not {name: v for name, v in asked.items() if "3.11.0" not in SpecifierSet(v)}
 
 
 def test_long_temporary_folder(tmp_path):
