@@ -285,7 +285,7 @@ def study_(ctx:typer.Context, settings, name:Annotated[str, typer.Argument(help=
     study = read_study(name, overrides=overrides, methods=_split(methods), auto=auto)
     for config in study.configs: get_task(config.task_name)
     if shard: study = study.shard(shard)
-    if dry_run: list_study(study, outputs, Console(width=None if sys.stdout.isatty() else 200))
+    if dry_run: list_study(study, outputs, Console())
     else: run_and_summarise(study, outputs, _engine(engine, outputs, jobs, checkpoint_minutes, stack))
 
 study_command = app.command("study", context_settings=_open)(config_flags(study_, without=["method"]))

@@ -13,8 +13,8 @@ __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates',
            'official_verdict', 'init_text', 'official_text', 'with_others', 'other_methods', 'others_figure',
            'others_table', 'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text',
            'published_table', 'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure',
-           'cost_figure', 'curves_figure', 'about_encoder', 'limits', 'not_part', 'conclusion', 'short_table',
-           'in_short', 'reproduce_text', 'environment_table', 'runs_table']
+           'cost_figure', 'curves_figure', 'about_encoder', 'about_phrases', 'limits', 'not_part', 'conclusion',
+           'short_table', 'in_short', 'reproduce_text', 'environment_table', 'runs_table']
 
 # %% ../nbs/24_paper.ipynb #d326cd8d
 import math, re, subprocess
@@ -923,20 +923,27 @@ def _sides_text(paper:Paper, found, other:str) -> str:
     "Which methods are better and worse, with differences in points, and how many comparisons are open."
     if found.empty: return ""
     titles = place_names(reported(with_others(paper)))
-    def said(row):
-        basic = row["against"] != "full"
-        against = f" against {shown_size(row['against_size'])}" if basic and row["size"] != row["against_size"] else ""
-        counts = f" ({row['parameters']:,} parameters, not {row['against_parameters']:,})"
-        if not basic or row["parameters"] == row["against_parameters"]: counts = ""
-        return (f"{with_size(row['label'], row['size'])}{against}{counts} on {titles[tuple(row[p] for p in PLACE)]} "
-                f"{with_interval(row['difference'], row['low'], row['high'])}")
+    def said(rows): # of one method against one other
+        first = rows.iloc[0]
+        text, times = with_size(first.label, first["size"]), first.parameters / first.against_parameters
+        if first.against != "full":
+            if first["size"] != first.against_size: text += f" against {shown_size(first.against_size)}"
+            if times != 1: text += f" ({times:.2g} times the parameters)"
+        found = [f"{with_interval(r.difference, r.low, r.high)} on {titles[tuple(r[p] for p in PLACE)]}"
+                 for _, r in rows.iterrows()]
+        return f"{text}, {listed(found)}"
+    pair, words = ["label", "size", "against", "against_size"], []
     found = found.sort_values("difference", ascending=False)
     told = dict(better=found[found.low > 0], worse=found[found.high < 0])
-    words = [f"{side}, {listed(map(said, rows.to_dict('records')))}" for side, rows in told.items() if len(rows)]
-    points = ", in points" if words else ""
+    for side, rows in told.items():
+        if rows.empty: continue
+        start = capital(side) + ("" if words else f" than {other}, in points")
+        words.append(f"{start}: {'; '.join(said(two) for _, two in rows.groupby(pair, sort=False))}.")
     rest = len(found) - sum(map(len, told.values()))
-    if rest: words.append(f"not told apart in {out_of(rest, len(found), 'comparison')}")
-    return f"Against {other}{points}: {'; '.join(words)}."
+    if rest:
+        start = "Not told apart" + ("" if words else f" from {other}")
+        words.append(f"{start}: {out_of(rest, len(found), 'comparison')}.")
+    return sentences(*words)
 
 def _others_learned(paper:Paper) -> str:
     "Which of the other methods are above the linear probe and the constant prediction."
@@ -1022,6 +1029,13 @@ def about_encoder(paper:Paper) -> str:
             "trained for sentence embeddings on data that includes SNLI, MultiNLI and QQP, so that its scores on "
             "inference and paraphrase are contaminated. Its pooler was not part of that training.")
 
+def about_phrases(paper:Paper) -> str:
+    "What is held back of SST-2 is unlike its dev set."
+    if "sst2" not in paper.tasks or paper.synthetic or not paper.tuned: return ""
+    return ("SST-2's training set is of phrases, many of one sentence, and its dev set of whole sentences. Its tuning "
+            "split is of phrases as well, many of them parts of others that are trained on, so that what it chooses "
+            "may not be what is best on sentences.")
+
 def limits(paper:Paper) -> str:
     "Markdown, a list."
     seeds = plural(paper.seeds, "seed")
@@ -1035,6 +1049,7 @@ def limits(paper:Paper) -> str:
          "hard to beat there."),
         ("wnli" in paper.tasks and not paper.synthetic and paper.tuned,
          "WNLI's tuning split shares sentences with the rest of its training set as well, so that it chooses badly."),
+        (about_phrases(paper), about_phrases(paper)),
         (unequal, "Methods had different numbers of configurations, sizes included, to choose from" +
          ("." if paper.tuned else ", and the best was chosen on the dev set that is reported.")),
         (not paper.tuned and not unequal and paper.best.tried.max() > 1,
@@ -1175,7 +1190,8 @@ def _limits_in_short(paper:Paper) -> str:
     where = listed(f"{count} on {title}" for title, count in counts.items())
     edge = (f"Of {plural(n, 'score')} in the table, {sum(counts.values())} are at the lowest or the highest learning "
             f"rate that was tried, so that another might be better: {where}. The report names them.")
-    return sentences(about_encoder(paper).replace(" [@wang2020minilm]", ""), edge if counts else "")
+    encoder = about_encoder(paper).replace(" [@wang2020minilm]", "")
+    return sentences(encoder, _cut_text(paper), about_phrases(paper), edge if counts else "")
 
 def _runs_in_words(runs) -> str: # finished ones
     "How many, of how many epochs, and in how many hours."

@@ -117,7 +117,7 @@ def _identify(row:dict) -> dict:
 def chosen_configurations(table):
     "A row a cell: the configuration with the best mean `selection`, out of `tried`."
     runs = done(table)
-    runs = runs[runs.stage != "final"] if "stage" in runs else runs
+    runs = runs[runs.stage.isin(["tune", "single"])] if "stage" in runs else runs
     groups = runs.groupby([*CELL, "configuration"], dropna=False)
     means = groups.selection.mean().reset_index().sort_values(["selection", "configuration"], ascending=[False, True])
     tried = means.groupby(CELL, dropna=False, sort=False).size().rename("tried").reset_index()
