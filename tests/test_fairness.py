@@ -137,11 +137,11 @@ def test_published_predictions(tmp_path):
 
 
 def said(notebook) -> str:
-    "What an executed report says, tables included."
+    "What an executed report says, tables included, with plain spaces."
     cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
     assert not [o for c in cells for o in c.outputs if o.output_type in ("error", "stream")]
     shown = [o.get("data", {}) for c in cells for o in c.outputs]
-    return "\n\n".join(data["text/markdown"] for data in shown if "text/markdown" in data)
+    return "\n\n".join(data["text/markdown"] for data in shown if "text/markdown" in data).replace("\u00a0", " ")
 
 
 def test_report_of_two_stages(tmp_path):
