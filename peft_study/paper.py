@@ -925,13 +925,13 @@ def _sides_text(paper:Paper, found, other:str) -> str:
     titles = place_names(reported(with_others(paper)))
     def said(rows): # of one method against one other
         first = rows.iloc[0]
-        text, times = with_size(first.label, first["size"]), first.parameters / first.against_parameters
+        text, times = with_size(first.label, first["size"]), f"{first.parameters / first.against_parameters:.2g}"
         if first.against != "full":
             if first["size"] != first.against_size: text += f" against {shown_size(first.against_size)}"
-            if times != 1: text += f" ({times:.2g} times the parameters)"
-        found = [f"{with_interval(r.difference, r.low, r.high)} on {titles[tuple(r[p] for p in PLACE)]}"
-                 for _, r in rows.iterrows()]
-        return f"{text}, {listed(found)}"
+            if times != "1": text += f" ({times} times the parameters)"
+        each = [f"{with_interval(r.difference, r.low, r.high)} on {titles[tuple(r[p] for p in PLACE)]}"
+                for _, r in rows.iterrows()]
+        return f"{text}, {listed(each)}"
     pair, words = ["label", "size", "against", "against_size"], []
     found = found.sort_values("difference", ascending=False)
     told = dict(better=found[found.low > 0], worse=found[found.high < 0])
