@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates', 'seeds_in_words', 'in_words', 'with_size', 'be',
-           'with_interval', 'points_from', 'capital', 'Paper', 'against_full', 'tally', 'decided', 'encoder_config',
-           'learning_parts', 'abstract', 'code_address', 'origin', 'about_full', 'about_probe', 'layer_figure',
-           'methods_table', 'data_text', 'data_table', 'setup_table', 'common_settings', 'setup_text', 'protocol_text',
-           'status_text', 'scores_text', 'told_apart', 'comparison_text', 'parameters_table', 'parameters_text',
-           'difference_to_full', 'enough', 'flattery', 'edges', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text',
-           'cost_is_drawn', 'chosen_runs', 'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict',
-           'official_verdict', 'init_text', 'official_text', 'with_others', 'other_methods', 'others_figure',
-           'others_table', 'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text',
-           'published_table', 'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure',
-           'cost_figure', 'curves_figure', 'about_encoder', 'about_phrases', 'limits', 'not_part', 'conclusion',
-           'short_table', 'in_short', 'reproduce_text', 'environment_table', 'runs_table']
+           'within', 'with_interval', 'points_from', 'capital', 'Paper', 'against', 'tally', 'decided',
+           'encoder_config', 'learning_parts', 'abstract', 'code_address', 'origin', 'about_full', 'about_probe',
+           'layer_figure', 'methods_table', 'data_text', 'data_table', 'setup_table', 'common_settings', 'setup_text',
+           'protocol_text', 'status_text', 'scores_text', 'told_apart', 'comparison_text', 'parameters_table',
+           'parameters_text', 'difference_to_full', 'enough', 'flattery', 'edges', 'at_the_edge', 'tuning_text',
+           'has_costs', 'cost_text', 'cost_is_drawn', 'chosen_runs', 'curves_text', 'paired_runs', 'init_table',
+           'official_table', 'init_verdict', 'official_verdict', 'init_text', 'official_text', 'with_others',
+           'other_methods', 'others_figure', 'others_table', 'others_verdict', 'others_text', 'published',
+           'published_text', 'published_scaling_text', 'published_table', 'published_figure', 'map_figure',
+           'scaling_figure', 'relative_figure', 'tuning_figure', 'cost_figure', 'curves_figure', 'about_encoder',
+           'about_phrases', 'limits', 'not_part', 'conclusion', 'short_table', 'in_short', 'reproduce_text',
+           'environment_table', 'runs_table']
 
 # %% ../nbs/24_paper.ipynb #d326cd8d
 import math, re, subprocess
@@ -97,9 +98,13 @@ def be(label:str) -> str:
     "The verb that goes with a method."
     return "are" if label.split()[0] in ("adapter", "layernorm") else "is"
 
+def within(low, high) -> str: # fractions
+    "An interval in points, where there is one: ` (0.2 to 2.4)`."
+    return "" if low != low else f" ({percent(low)} to {percent(high)})"
+
 def with_interval(difference, low, high) -> str: # fractions
     "Points with their sign, and the interval where there is one: `+1.3 (0.2 to 2.4)`."
-    return points(difference) + ("" if low != low else f" ({percent(low)} to {percent(high)})")
+    return points(difference) + within(low, high)
 
 def points_from(difference:float) -> str:
     "A difference of scores (fractions) in words: `1.3 points below`."
@@ -171,19 +176,26 @@ class Paper:
     def rest(self) -> list[str]: return [m for m in self.methods if m not in ("full", "head")]
 
 # %% ../nbs/24_paper.ipynb #29b951e5
-def against_full(paper:Paper) -> pd.DataFrame:
-    "A row a method: `tally` of its places."
-    every = paper.telling(paper.comparisons)
-    rows = [dict(label=m) | tally(every[every.label == m]) for m in methods_in(every)]
-    return pd.DataFrame(rows, columns=["label", "n", "difference", "known", "below", "above", "open", "low", "high"])
+def against(paper:Paper, baseline:str="full") -> pd.DataFrame:
+    "A row a method, of its chosen sizes: `tally` of its places."
+    full = baseline == "full"
+    every = paper.telling(paper.comparisons if full else compare(paper.table, baseline, paper.examples))
+    best = paper.telling(paper.best)
+    runs = {label: runs_of(paper.table, cells) for label, cells in best.groupby("label")}
+    rows = [dict(label=m) | tally(every[every.label == m], runs[m], runs[baseline], paper.examples)
+            for m in methods_in(every)]
+    columns = ["label", "n", "difference", "known", "below", "above", "open", "low", "high", "p"]
+    return pd.DataFrame(rows, columns=columns)
 
-def tally(found) -> dict: # found: rows of comparisons
-    """Of `n` comparisons the mean `difference`, in how many its interval is `below` zero, `above`, or `open`, and from
-    where (`low`) to where (`high`) the intervals reach."""
+def tally(found, a, b, examples) -> dict: # found: comparisons of `a` with `b`, a row a place
+    """Of `n` comparisons the mean `difference` with its interval `low` to `high` and its `p`, and in how many the
+    interval is `below` zero, `above`, or `open`. There is one of the mean where all comparisons have the same seeds."""
     known = found[found.p.notna()]   # at least three seeds; of equal scores there is a p, and no interval
     below, above = int((known.high < 0).sum()), int((known.low > 0).sum())
+    mean = paired(a, b, examples)
+    whole = not found.duplicated(PLACE).any() and (found.n == mean["n"]).all()
     return dict(n=len(found), difference=found.difference.mean(), known=len(known), below=below, above=above,
-                open=len(known) - below - above, low=known.low.min(), high=known.high.max())
+                open=len(known) - below - above, **{k: mean[k] if whole else math.nan for k in ("low", "high", "p")})
 
 def decided(subject:str, row:dict, other:str, unit:str) -> str: # subject: with its verb; row: of `tally`
     "How something compares with something other, and on how many tasks this is more than chance."
@@ -192,10 +204,11 @@ def decided(subject:str, row:dict, other:str, unit:str) -> str: # subject: with 
         if not row["known"]: return f"{start}."
         if math.isnan(row["low"]): return f"{start} at every seed."   # the scores are equal
         chance = "which chance could explain" if row["open"] else "which is more than chance explains"
-        return f"{start}, {chance} ({percent(row['low'])} to {percent(row['high'])})."
+        return f"{start}, {chance}{within(row['low'], row['high'])}."
     words = dict(below="worse on", above="better on", open="not told apart on")
     counts = [f"{word} {row[side]}" for side, word in words.items() if row[side]]
-    return f"{start} on average over {plural(row['n'], unit)}" + (f": {listed(counts)}." if counts else ".")
+    mean = f"{start} on average over {plural(row['n'], unit)}{within(row['low'], row['high'])}"
+    return mean + (f": {listed(counts)}." if counts else ".")
 
 # %% ../nbs/24_paper.ipynb #63bf4634
 @cache
@@ -239,7 +252,7 @@ def abstract(paper:Paper) -> str:
     return sentences(*text, _abstract_of_scores(paper), _abstract_of_parameters(paper), _abstract_of_chance(paper))
 
 def _abstract_of_scores(paper:Paper) -> str:
-    found = against_full(paper)
+    found = against(paper)
     found = found[found.label != "head"]
     if found.empty: return "" if "full" in paper.methods else "The study has no full fine-tuning to compare with."
     best = paper.telling(paper.best)
@@ -250,7 +263,8 @@ def _abstract_of_scores(paper:Paper) -> str:
     if paper.idle: mean += f"{'' if len(full) > 1 else ' on the task'} on which any method is shown to have learned"
     def other(row):
         over = f" over {row.n} of them" if row.n < len(full) else ""
-        return f"{in_words(row.label)} {be(row.label)} {points_from(row.difference)} it{over}"
+        interval = within(row.low, row.high)
+        return f"{in_words(row.label)} {be(row.label)} {points_from(row.difference)} it{over}{interval}"
     average = "On average, " if len(full) > 1 else ""
     return f"Full fine-tuning reaches {mean}. {capital(average + listed(map(other, found.itertuples())))}."
 
@@ -828,24 +842,30 @@ def init_verdict(paper:Paper) -> str:
     "What the start of adapters changes; empty where it was not compared."
     found = paired_runs(paper, "ablation_init")
     def near(size): return f"{with_size('adapter', size)} that start near the identity are"
-    return _verdict(found, [(near(size), rows) for size, rows in found.groupby("size", sort=False)],
+    return _verdict(paper, "ablation_init", [(near(size), rows) for size, rows in found.groupby("size", sort=False)],
                     "those that start at the framework's default")
 
 def official_verdict(paper:Paper) -> str:
     "How the methods of this project differ from those of 🤗 PEFT; empty where they were not compared."
     found = paired_runs(paper, "official")
-    text = _verdict(found, [(f"{in_words(m)} is", rows) for m, rows in found.groupby("first", sort=False)],
+    text = _verdict(paper, "official", [(f"{in_words(m)} is", rows) for m, rows in found.groupby("first", sort=False)],
                     "its implementation in Hugging Face PEFT")
     reach = found[["low", "high"]].abs().max(axis=None)
     return sentences(text, f"No interval goes beyond {number(100 * reach)} points from zero." if reach == reach else "")
 
-def _verdict(found, groups:list[tuple], other:str) -> str: # groups: (subject and verb, rows of found)
+def _tally_of_pairs(paper:Paper, name:str, rows) -> dict:
+    runs = _with_other(paper, name)
+    sides = [runs[runs.run_id.isin(rows[side].explode())] for side in ("first_runs", "second_runs")]
+    return tally(rows, *sides, paper.examples)
+
+def _verdict(paper:Paper, name:str, groups:list[tuple], other:str) -> str: # groups: (subject and verb, their pairs)
+    found = paired_runs(paper, name)
     if found.empty: return ""
     where = f"on {listed(dict.fromkeys(get_task(t).title for t in found.task_name))}"
     if found.lr.nunique() == 1: where += f" at a learning rate of {rates(found.lr)}"
     groups = [(f"{where}, {groups[0][0]}", groups[0][1]), *groups[1:]]
     unit = "task" if all(rows.task_name.is_unique for _, rows in groups) else "comparison"
-    each = [decided(subject, tally(rows), other, unit) for subject, rows in groups]
+    each = [decided(subject, _tally_of_pairs(paper, name, rows), other, unit) for subject, rows in groups]
     low = int((found.p_holm < .05).sum())
     known = f"After Holm's correction, p is below 0.05 in {out_of(low, len(found), 'comparison')}."
     return sentences(*each, known if found.p.notna().all() else "")
@@ -874,6 +894,8 @@ def with_others(paper:Paper) -> pd.DataFrame:
     def of(runs): return set(protocols[runs.index])
     shown = reported(both)
     return both[protocols.isin(of(shown[shown.study == "methods"]) & of(shown[shown.label == "full"]))]
+
+_PAIR = ["label", "size", "against", "against_size"]
 
 @cache
 def other_methods(paper:Paper) -> pd.DataFrame:
@@ -904,46 +926,45 @@ def _sides_of(cell, here): # a row, and all rows of its place
     return pd.concat([here[here.label == "full"], basic[(basic["size"] == cell["size"]) | (apart == apart.min())]])
 
 def others_figure(paper:Paper):
-    if len(other_methods(paper)): return differences_figure(with_others(paper), paper.examples)
+    if other_methods(paper).empty: return None
+    both = with_others(paper)
+    return differences_figure(both, paper.examples, over=place_names(paper.telling(reported(both))))
 
 def others_table(paper:Paper) -> str: return against_table(with_others(paper), other_methods(paper), paper.trace)
 
 def others_verdict(paper:Paper) -> str:
     "How the other methods compare; empty where there is nothing to compare."
-    found = other_methods(paper)
+    found = paper.telling(other_methods(paper))
     if found.empty: return ""
-    to_full = found.against == "full"
-    each = [_sides_text(paper, found[to_full], "full fine-tuning"),
-            _sides_text(paper, found[~to_full], "the basic form of the same size or the nearest number of parameters")]
-    low = int((found.p_holm < .05).sum())
-    known = f"After Holm's correction, p is below 0.05 in {out_of(low, len(found), 'comparison')}."
-    return sentences(*each, _others_learned(paper), known if found.p.notna().all() else "")
+    sides = [(rows.iloc[0], _tally_of_other(paper, rows)) for _, rows in found.groupby(_PAIR, sort=False)]
+    sides.sort(key=lambda side: -side[1]["difference"])
+    to_full, to_basic = ([side for side in sides if (side[0].against == "full") == full] for full in (True, False))
+    p_holm = holm([row["p"] for _, row in sides])
+    low = sum(p < .05 for p in p_holm)
+    known = f"After Holm's correction, p is below 0.05 in {out_of(low, len(sides), 'comparison')}."
+    return sentences(_sides_text(to_full, "full fine-tuning"),
+                     _sides_text(to_basic, "the basic form of the same size or the nearest number of parameters"),
+                     known if not any(p != p for p in p_holm) else "", _others_learned(paper))
 
-def _sides_text(paper:Paper, found, other:str) -> str:
-    "Which methods are better and worse, with differences in points, and how many comparisons are open."
-    if found.empty: return ""
-    titles = place_names(reported(with_others(paper)))
-    def said(rows): # of one method against one other
-        first = rows.iloc[0]
-        text, times = with_size(first.label, first["size"]), f"{first.parameters / first.against_parameters:.2g}"
-        if first.against != "full":
-            if first["size"] != first.against_size: text += f" against {shown_size(first.against_size)}"
-            if times != "1": text += f" ({times} times the parameters)"
-        each = [f"{with_interval(r.difference, r.low, r.high)} on {titles[tuple(r[p] for p in PLACE)]}"
-                for _, r in rows.iterrows()]
-        return f"{text}, {listed(each)}"
-    pair, words = ["label", "size", "against", "against_size"], []
-    found = found.sort_values("difference", ascending=False)
-    told = dict(better=found[found.low > 0], worse=found[found.high < 0])
-    for side, rows in told.items():
-        if rows.empty: continue
-        start = capital(side) + ("" if words else f" than {other}, in points")
-        words.append(f"{start}: {'; '.join(said(two) for _, two in rows.groupby(pair, sort=False))}.")
-    rest = len(found) - sum(map(len, told.values()))
-    if rest:
-        start = "Not told apart" + ("" if words else f" from {other}")
-        words.append(f"{start}: {out_of(rest, len(found), 'comparison')}.")
-    return sentences(*words)
+def _tally_of_other(paper:Paper, rows) -> dict: # rows: of `other_methods`, of one method against one other
+    first, runs = rows.iloc[0], paper.telling(reported(with_others(paper)))
+    def of(label, size): return runs[(runs.label == label) & (runs["size"] == size)]
+    return tally(rows, of(first.label, first["size"]), of(first.against, first.against_size), paper.examples)
+
+def _sides_text(sides:list[tuple], other:str) -> str: # sides: (a comparison, the `tally` of all on other tasks as well)
+    if not sides: return ""
+    tasks = {row["n"] for _, row in sides}
+    mean = f" on average over {plural(tasks.pop(), 'task')}" if len(tasks) == 1 else " on average over their tasks"
+    each = (f"{_pair_name(first)}, {with_interval(row['difference'], row['low'], row['high'])}"
+            + (f" on {plural(row['n'], 'task')}" if tasks else "") for first, row in sides)
+    return f"Against {other}, in points{mean}: {'; '.join(each)}."
+
+def _pair_name(row) -> str: # of `other_methods`
+    "The method; of a variant also the size of the other and the ratio of parameters, where they differ."
+    text, times = with_size(row.label, row["size"]), f"{row.parameters / row.against_parameters:.2g}"
+    if row.against == "full": return text
+    if row["size"] != row.against_size: text += f" against {shown_size(row.against_size)}"
+    return text if times == "1" else f"{text} ({times} times the parameters)"
 
 def _others_learned(paper:Paper) -> str:
     "Which of the other methods are above the linear probe and the constant prediction."
@@ -1092,15 +1113,24 @@ def conclusion(paper:Paper) -> str:
     return "\n\n".join(filter(None, [*answers, scope]))
 
 def _how_close(paper:Paper) -> str:
-    found = against_full(paper)
+    found = against(paper)
     found = found[found.label != "head"]
     if found.empty: return "The study does not say: it has no full fine-tuning beside another method on the same task."
     caution = "" if found.known.any() else "Without three seeds, none of this is told from chance."
-    return sentences(*(_against(row, paper.unit()) for row in found.to_dict("records")), caution)
+    return sentences(*(_against(row, "full", paper.unit()) for row in found.to_dict("records")),
+                     *_each_other(paper), caution)
 
-def _against(row:dict, unit:str) -> str:
+def _against(row:dict, baseline:str, unit:str) -> str: # row: of `against`
     label = row["label"]
-    return decided(f"{in_words(label)} {be(label)}", row, "full fine-tuning", unit)
+    return decided(f"{in_words(label)} {be(label)}", row, in_words(baseline), unit)
+
+def _each_other(paper:Paper) -> list[str]:
+    "How the methods with few parameters compare, where they are two or three."
+    few = [m for m in paper.rest() if m != "top_k"]
+    if len(few) > 3: return []
+    found = [(row, other) for i, other in enumerate(few) for row in against(paper, other).to_dict("records")
+             if row["label"] in few[:i]]
+    return [_against(row, other, paper.unit()) for row, other in found]
 
 def _how_many(paper:Paper) -> str:
     parts = learning_parts(paper)
@@ -1120,20 +1150,20 @@ def _by_size(paper:Paper, label:str) -> str:
     "What the largest size of a method brings over its smallest, where it has several: in pairs of one seed."
     found = {}
     cells = paper.telling(paper.cells)
-    for place, title in paper.places.items():
+    for place in paper.places:
         here = at_place(cells, place)
         here = here[here.label == label].sort_values("parameters")
         if len(here) < 2: continue
-        small, large = here.iloc[[0]], here.iloc[[-1]]
-        gain = paired(runs_of(paper.table, large), runs_of(paper.table, small), paper.examples)
-        if gain["n"]: found.setdefault((small["size"].iloc[0], large["size"].iloc[0]), []).append((title, gain))
-    return sentences(*(_gain_text(label, *ends, gains) for ends, gains in found.items()))
+        large, small = (runs_of(paper.table, here.iloc[[i]]) for i in (-1, 0))
+        gain = dict(zip(PLACE, place)) | paired(large, small, paper.examples)
+        sizes = here["size"].iloc[-1], here["size"].iloc[0]
+        if gain["n"]: found.setdefault(sizes, []).append((gain, large, small))
+    return sentences(*(_gain_text(paper, label, *sizes, gains) for sizes, gains in found.items()))
 
-def _gain_text(label, small, large, gains) -> str:
-    def said(title, gain):
-        return f"{with_interval(gain['difference'], gain['low'], gain['high'])} on {title}"
-    return capital(f"{with_size(label, large)} against {shown_size(small)}, in points: "
-                   f"{listed(said(*gain) for gain in gains)}.")
+def _gain_text(paper:Paper, label, large, small, gains) -> str:
+    rows, *sides = zip(*gains)
+    row = tally(pd.DataFrame(rows), *map(pd.concat, sides), paper.examples)
+    return decided(f"{with_size(label, large)} {be(label)}", row, shown_size(small), paper.unit())
 
 def _at_what_cost(paper:Paper) -> str:
     if not has_costs(paper): return "The runs do not say."
@@ -1201,7 +1231,7 @@ def _runs_in_words(runs) -> str: # finished ones
     return text
 
 def in_short(paper:Paper) -> str:
-    "Markdown: what was done, the table, and what it shows."
+    "Markdown: what was done, what it shows, and the table."
     runs, seeds, beside = _runs_in_words(paper.done), seeds_in_words(paper.runs.seed), with_others(paper)
     beside = done(beside[beside.study == "methods"]) if paper.study != "methods" else beside[:0]
     others = f"The other methods are those of the study `methods`, {_runs_in_words(beside)}." if len(beside) else ""
@@ -1218,7 +1248,8 @@ def in_short(paper:Paper) -> str:
     if text := init_verdict(paper): answers.append(f"- **Must adapters start near the identity?** {text}")
     if text := official_verdict(paper): answers.append(f"- **As the official implementations?** {text}")
     if limit := _limits_in_short(paper): answers.append(f"- **Limits.** {limit}")
-    return "\n\n".join([sentences(f"{what}.", others, below, intervals), short_table(paper), "\n".join(answers)])
+    done_here, about_table = sentences(f"{what}.", others), sentences(below, intervals)
+    return "\n\n".join(filter(None, [done_here, "\n".join(answers), about_table, short_table(paper)]))
 
 # %% ../nbs/24_paper.ipynb #7c1ae333
 def reproduce_text(paper:Paper) -> str:

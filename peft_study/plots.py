@@ -351,28 +351,33 @@ def difference_map(table):
     return fig
 
 # %% ../nbs/22_plots.ipynb #8db45dde
-def differences_figure(table, examples:DevExamples|None=None):
+def differences_figure(table, examples:DevExamples|None=None, over=()): # over: places whose mean has a panel too
     "A panel a place, a row a method and size: points above full fine-tuning, with intervals; None without pairs."
-    cells, rows = cell_means(table), []
-    for _, full in cells[cells.label == "full"].iterrows():
-        here = at_place(cells, tuple(full[PLACE]))
-        for _, cell in here[here.label != "full"].iterrows():
-            found = paired(runs_of(table, cell.to_frame().T), runs_of(table, full.to_frame().T), examples)
-            name = ", ".join([shown_method(cell.label), *([shown_size(cell["size"])] if cell["size"] != "all" else [])])
-            if found["n"]: rows.append(dict(cell[[*PLACE, "label", "parameters"]]) | dict(name=name) | found)
+    cells = cell_means(table)
+    full, rest = cells[cells.label == "full"], cells[cells.label != "full"]
+    panels = {f"mean of {len(over)} tasks": list(over)} if len(over) > 1 else {}
+    panels |= {title: [place] for place, title in place_names(reported(table)).items()}
+    rows = []
+    for (label, size), here in rest.groupby(["label", "size"], sort=False):
+        about = dict(label=label, name=shown_method(label) + (f", {shown_size(size)}" if size != "all" else ""),
+                     parameters=here.parameters.min())
+        for panel, places in panels.items():
+            two = [pd.concat([at_place(side, place) for place in places]) for side in (here, full)]
+            if min(map(len, two)) < len(places): continue
+            found = paired(*(runs_of(table, side) for side in two), examples)
+            if found["n"]: rows.append(about | dict(panel=panel) | found)
     if not rows: return None
     rows = pd.DataFrame(rows)
     rank = rows.label.map(methods_in(rows).index)
     names = list(dict.fromkeys(rows.assign(rank=rank).sort_values(["rank", "parameters"]).name))
-    places, colours = place_names(reported(table)), _colours(set(rows.label))
-    places = {place: title for place, title in places.items() if len(at_place(rows, place))}
-    across, down = min(3, len(places)), -(-len(places) // 3)
+    panels, colours = [panel for panel in panels if panel in set(rows.panel)], _colours(set(rows.label))
+    across, down = min(3, len(panels)), -(-len(panels) // 3)
     size = (2.2 + 2.2 * across, (1 + .2 * len(names)) * down)
     fig, axes = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(places):]: ax.axis("off")
-    for ax, (place, title) in zip(axes.flat, places.items()):
+    for ax in axes.flat[len(panels):]: ax.axis("off")
+    for ax, panel in zip(axes.flat, panels):
         ax.axvline(0, color="#999999", lw=1, zorder=0)
-        for r in at_place(rows, place).itertuples():
+        for r in rows[rows.panel == panel].itertuples():
             height, colour = names.index(r.name), colours[r.label]
             ax.plot([100 * r.low, 100 * r.high], [height, height], color=colour, lw=1.5)
             ax.plot(100 * r.difference, height, "o", color=colour, ms=4)
@@ -380,7 +385,7 @@ def differences_figure(table, examples:DevExamples|None=None):
         ax.set_xticks([t for t in (-50, -15, -5, 0, 5, 15, 50) if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]])
         ax.xaxis.set_major_formatter(lambda value, _: number(value, ".0f"))
         ax.minorticks_off()
-        ax.set_title(title, fontsize=10)
+        ax.set_title(panel, fontsize=10)
         ax.grid(alpha=.25)
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()

@@ -11,6 +11,7 @@ __all__ = ['FINGERPRINTS', 'FIRST', 'PLACE', 'CELL', 'DEV_FILE', 'flatten', 'cho
 
 # %% ../nbs/18_results.ipynb #06cc9d41
 import hashlib, json, math, os
+from functools import reduce
 from io import StringIO
 from pathlib import Path
 import numpy as np
@@ -366,15 +367,24 @@ def _over_constant(runs, constant, examples):
     return dict(difference=found["mean"], **{k: found[k] for k in ("n", "low", "high")})
 
 # %% ../nbs/18_results.ipynb #4ed7ddf5
-def paired(a, b, examples:DevExamples|None=None) -> dict: # a, b: runs of one place
-    "`difference` of mean scores, a minus b, over the `n` seeds that both have, its interval `low` to `high`, and `p`."
-    a, b = (runs.drop_duplicates("seed").set_index("seed") for runs in (a, b))
-    seeds = a.index.intersection(b.index)
-    a, b, resampled = a.loc[seeds], b.loc[seeds], None
-    both = examples.together([*examples.of(a), *examples.of(b)]) if examples and len(seeds) else None
-    if both is not None: resampled = both[:, :len(seeds)] - both[:, len(seeds):]
-    found = two_level(a.score.to_numpy() - b.score.to_numpy(), resampled)
+def paired(a, b, examples:DevExamples|None=None) -> dict: # runs of one place, or of several that both have
+    """`difference` of mean scores, a minus b, over the `n` seeds that both have, its interval `low` to `high`, and `p`.
+    Of several places, all of the mean over them."""
+    sides = [[runs.drop_duplicates("seed").set_index("seed") for runs in two] for two in _by_place(a, b)]
+    seeds = reduce(pd.Index.intersection, [runs.index for two in sides for runs in two])
+    differences, resampled = zip(*(_differences(x.loc[seeds], y.loc[seeds], examples) for x, y in sides))
+    known = all(r is not None for r in resampled)
+    found = two_level(np.mean(differences, 0), np.mean(resampled, 0) if known else None)
     return dict(difference=found["mean"], **{k: found[k] for k in ("n", "low", "high", "p")})
+
+def _by_place(a, b) -> list[tuple]:
+    number = pd.concat([a, b]).groupby(PLACE, sort=False, dropna=False).ngroup().to_numpy()
+    of_a, of_b = number[:len(a)], number[len(a):]
+    return [(a[of_a == i], b[of_b == i]) for i in dict.fromkeys(of_a) if i in of_b] or [(a[:0], b[:0])]
+
+def _differences(a, b, examples) -> tuple: # (seeds,), and on resampled examples (RESAMPLES, seeds) where they are known
+    both = examples.together([*examples.of(a), *examples.of(b)]) if examples and len(a) else None
+    return a.score.to_numpy() - b.score.to_numpy(), None if both is None else both[:, :len(a)] - both[:, len(a):]
 
 def compare(table, baseline:str="full", examples:DevExamples|None=None):
     "A row a place and method: `paired` with the baseline, and `p_holm`."

@@ -4,8 +4,8 @@ from itertools import product
 import nbformat, numpy as np, pandas as pd, pytest
 from fabricate import final_seeds, run_folder
 from peft_study.glue import BadInput
-from peft_study.paper import (Paper, abstract, against_full, in_short, init_table, init_verdict, limits,
-                              parameters_text, protocol_text)
+from peft_study.paper import (Paper, abstract, against, conclusion, in_short, init_table, init_verdict, limits,
+                              parameters_text, points_from, protocol_text)
 from peft_study.report import Trace, execute_report, main_table, pair_table
 from peft_study.results import (DevExamples, best_runs, cell_means, compare, compare_pairs, learned, load_runs,
                                 not_reported, paired, pairs, predictions_of, publish_predictions, reported)
@@ -65,7 +65,7 @@ def test_starts_of_adapters(tmp_path):
         text, table = init_verdict(Paper(study, tmp_path)), init_table(Paper(study, tmp_path))
         assert text.startswith("On MRPC and RTE at a learning rate of 2e-3, adapters with m = 1 that start near the "
                                "identity are 20.0 points above those that start at the framework's default on "
-                               "average over 2 tasks: better on 2.")
+                               "average over 2 tasks (19.8 to 20.2): better on 2.")
         assert "Adapters with m = 64 that start near the identity are level with those" in text
         assert text.endswith("After Holm's correction, p is below 0.05 in 2 of 4 comparisons.")
         assert table.count("+20.0") == 2 and table.count("| RTE |") == 2
@@ -180,12 +180,29 @@ def test_tasks_that_no_method_learns(tmp_path):
     paper = Paper("made_up", tmp_path)
     assert [place[0] for place in paper.idle] == ["wnli"]
     assert {place[0] for place in paper.comparisons[["task_name"]].values} == {"rte", "wnli"}
-    lora = against_full(paper).set_index("label").loc["lora"]
+    lora = against(paper).set_index("label").loc["lora"]
     assert lora.n == 1 and lora.difference == paper.comparisons.set_index("task_name").difference["rte"]
     assert "% on the task on which any method is shown to have learned. LoRA is" in abstract(paper)
     text = in_short(paper)
+    answers = text.split("**How many parameters?**")[1].split("\n\n")[0]
     assert "are without WNLI" in text and "| RTE, % | WNLI, % |" in text
-    assert "WNLI" not in parameters_text(paper) and "WNLI" not in text.split("**How many parameters?**")[1]
+    assert "WNLI" not in parameters_text(paper) and "WNLI" not in answers
+
+
+def test_means_over_tasks(tmp_path):
+    "A mean has an interval of its own, and methods with few parameters are compared with each other as well."
+    accuracies = dict(full=(.9, .8), adapter=(.8, .75), lora=(.7, .6))
+    for method, of_tasks in accuracies.items():
+        for task, accuracy in zip(("rte", "mrpc"), of_tasks):
+            for seed in (1, 2, 3): run_folder(tmp_path, accuracy, task_name=task, method=method, seed=seed)
+    paper = Paper("made_up", tmp_path)
+    text, to_lora, to_full = conclusion(paper), against(paper, "lora"), against(paper).set_index("label")
+    adapter = to_lora.set_index("label").loc["adapter"]
+    assert adapter.low < adapter.difference < adapter.high
+    assert f"Adapters are {points_from(adapter.difference)} LoRA on average over 2 tasks" in text
+    each = paper.comparisons[paper.comparisons.label == "adapter"]
+    assert abs(to_full.difference["adapter"] - each.difference.mean()) < 1e-12
+    assert to_full.high["adapter"] - to_full.low["adapter"] < (each.high - each.low).min()
 
 
 def test_no_task_is_learned(tmp_path):
@@ -193,14 +210,14 @@ def test_no_task_is_learned(tmp_path):
     for method, accuracy in (("full", .4), ("lora", .3)):
         for seed in (1, 2, 3): run_folder(tmp_path, accuracy, method=method, seed=seed)
     paper = Paper("made_up", tmp_path)
-    assert paper.idle == [] and "for any method on RTE" in in_short(paper) and len(against_full(paper)) == 1
+    assert paper.idle == [] and "for any method on RTE" in in_short(paper) and len(against(paper)) == 1
 
 
 def test_nothing_to_compare_with(tmp_path):
     "A study of one method has no comparison, and its paper has sentences all the same."
     for seed in (1, 2, 3): run_folder(tmp_path, .8, method="lora", seed=seed)
     paper = Paper("made_up", tmp_path)
-    assert against_full(paper).empty and "LoRA" in abstract(paper) and "LoRA" in in_short(paper)
+    assert against(paper).empty and "LoRA" in abstract(paper) and "LoRA" in in_short(paper)
 
 
 def test_tasks_may_differ_in_their_budget(tmp_path):
