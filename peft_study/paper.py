@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates', 'seeds_in_words', 'in_words', 'with_size', 'be',
            'within', 'with_interval', 'points_from', 'capital', 'Paper', 'against', 'tally', 'decided',
-           'encoder_config', 'learning_parts', 'abstract', 'code_address', 'origin', 'about_full', 'about_probe',
-           'layer_figure', 'methods_table', 'data_text', 'data_table', 'setup_table', 'common_settings', 'setup_text',
-           'protocol_text', 'status_text', 'scores_text', 'told_apart', 'comparison_text', 'parameters_table',
-           'parameters_text', 'difference_to_full', 'enough', 'flattery', 'edges', 'at_the_edge', 'tuning_text',
-           'has_costs', 'cost_text', 'cost_is_drawn', 'chosen_runs', 'curves_text', 'paired_runs', 'init_table',
-           'official_table', 'init_verdict', 'official_verdict', 'init_text', 'official_text', 'with_others',
-           'other_methods', 'others_figure', 'others_table', 'others_verdict', 'others_text', 'published',
-           'published_text', 'published_scaling_text', 'published_table', 'published_figure', 'map_figure',
-           'scaling_figure', 'relative_figure', 'tuning_figure', 'cost_figure', 'curves_figure', 'about_encoder',
-           'about_phrases', 'limits', 'not_part', 'conclusion', 'short_table', 'in_short', 'reproduce_text',
-           'environment_table', 'runs_table']
+           'encoder_config', 'common_parameters', 'learning_parts', 'abstract', 'code_address', 'origin', 'about_full',
+           'about_probe', 'layer_figure', 'methods_table', 'data_text', 'data_table', 'setup_table', 'common_settings',
+           'setup_text', 'protocol_text', 'status_text', 'scores_text', 'told_apart', 'after_holm', 'comparison_text',
+           'parameters_table', 'parameters_text', 'difference_to_full', 'enough', 'in_order_of', 'flattery', 'edges',
+           'is_edge', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text', 'cost_is_drawn', 'chosen_runs',
+           'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict', 'official_verdict',
+           'init_text', 'official_text', 'with_others', 'other_methods', 'others_figure', 'others_table',
+           'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text', 'published_table',
+           'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure', 'cost_figure',
+           'curves_figure', 'about_encoder', 'about_phrases', 'about_budget', 'about_choice', 'limits', 'not_part',
+           'conclusion', 'short_table', 'in_short', 'reproduce_text', 'environment_table', 'runs_table']
 
 # %% ../nbs/24_paper.ipynb #d326cd8d
 import math, re, subprocess
@@ -33,12 +33,13 @@ from .glue import BadInput, TASKS, TRAIN_ROWS, get_task
 from .methods.core import find_method
 from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, differences_figure,
                               expected_best_figure, layer_diagram, number, place_names, published_scaling,
-                              relative_to_full, score_vs_parameters, shown_encoder, shown_method, shown_size)
+                              relative_to_full, score_vs_parameters, shown_encoder, shown_method, shown_metrics,
+                              shown_size)
 from .report import (Marks, Trace, against_table, as_it_is, half_width, ordered_cells, markdown_table,
                                pair_table, percent, points)
 from .results import (CELL, PLACE, DevExamples, best_sizes, budget_curves, cell_means, compare,
                                 compare_over_tasks, compare_pairs, done, floors, load_runs, methods_in, not_reported,
-                                paired, reported, runs_of, studies, usual_claims)
+                                paired, predictions_of, reported, runs_of, studies, usual_claims)
 from .runs import read_config, read_record
 from .statistics import glue_score, holm, is_enough
 
@@ -78,7 +79,7 @@ def rates(values) -> str:
     return ", ".join(f"{float(mantissa):g}e{int(exponent)}" for mantissa, exponent in parts)
 
 def seeds_in_words(seeds) -> str:
-    seeds = sorted(set(int(s) for s in seeds))
+    seeds = sorted({int(s) for s in seeds if s == s})   # a folder that cannot be read has none
     if len(seeds) == 1: return f"seed {seeds[0]}"
     if len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1: return f"seeds {seeds[0]} to {seeds[-1]}"
     return f"seeds {listed(map(str, seeds))}"
@@ -192,7 +193,7 @@ def tally(found, a, b, examples) -> dict: # found: comparisons of `a` with `b`, 
     interval is `below` zero, `above`, or `open`. There is one of the mean where all comparisons have the same seeds."""
     known = found[found.p.notna()]   # at least three seeds; of equal scores there is a p, and no interval
     below, above = int((known.high < 0).sum()), int((known.low > 0).sum())
-    mean = paired(a, b, examples)
+    mean = paired(*(runs.merge(found[PLACE].drop_duplicates()) for runs in (a, b)), examples)
     whole = not found.duplicated(PLACE).any() and (found.n == mean["n"]).all()
     return dict(n=len(found), difference=found.difference.mean(), known=len(known), below=below, above=above,
                 open=len(known) - below - above, **{k: mean[k] if whole else math.nan for k in ("low", "high", "p")})
@@ -202,7 +203,7 @@ def decided(subject:str, row:dict, other:str, unit:str) -> str: # subject: with 
     start = capital(f"{subject} {points_from(row['difference'])} {other}")
     if row["n"] == 1:
         if not row["known"]: return f"{start}."
-        if math.isnan(row["low"]): return f"{start} at every seed."   # the scores are equal
+        if math.isnan(row["low"]): return f"{start} at every seed."   # all seeds differ by the same
         chance = "which chance could explain" if row["open"] else "which is more than chance explains"
         return f"{start}, {chance}{within(row['low'], row['high'])}."
     words = dict(below="worse on", above="better on", open="not told apart on")
@@ -220,6 +221,13 @@ def encoder_config(checkpoint:str, n_outputs:int):
         place = minilm_folder() if checkpoint == "minilm" else checkpoint
         return AutoConfig.from_pretrained(place, num_labels=n_outputs, local_files_only=True, trust_remote_code=False)
     except Exception: return None   # whatever is wrong with it, there is no count
+
+def common_parameters(run) -> float: # a row of the table of runs
+    "Those of the head, and of the pooler where it learns, which every method trains; nan without the configuration."
+    config = encoder_config(run.checkpoint, get_task(run.task_name).n_outputs)
+    if config is None: return math.nan
+    learns = run.get("train_pooler") in [True]   # and not nan
+    return head_parameters(config) + (pooler_parameters(config) if learns else 0)
 
 def learning_parts(paper:Paper) -> pd.DataFrame:
     "A row an encoder, method, size and number of outputs: all that is `trainable`, and of it `own`, `pooler`, `head`."
@@ -324,8 +332,8 @@ def about_probe(paper:Paper) -> str:
     if "head" not in paper.methods: return ""
     pooler = paper.runs[paper.runs.label == "head"].train_pooler.eq(True).any()
     trained = "only the pooler and the head are trained" if pooler else "only the head is trained"
-    return (f"The encoder is frozen, and {trained}. What a method reaches above the probe is owed to what it "
-            "changes in the encoder.")
+    return (f"The encoder is frozen, and {trained}. Where a method is above the probe, changing the encoder has "
+            "helped, as far as the probe was trained long enough.")
 
 def layer_figure(paper:Paper, method:str):
     "One layer with the method in it, where the study has it."
@@ -418,7 +426,8 @@ def _own_settings(runs) -> str:
         values = runs[name].dropna() if name in runs else pd.Series(dtype=object)
         defaults = {str(fields[name].default), str(fields[name].default).lower()}
         if name in sizes or values.empty or (name not in main and set(map(str, values)) <= defaults): continue
-        of_rank = name == "alpha" and (values.astype(float) == runs.loc[values.index, "rank"].astype(float)).all()
+        ranks = runs.loc[values.index, "rank"].astype(float) if "rank" in fields else math.nan
+        of_rank = name == "alpha" and "rank" in fields and (values.astype(float) == ranks).all()
         words.append(f"{name} = {'rank' if of_rank else re.sub(', *', ', ', span(values))}")
     return "; ".join(words) or "—"
 
@@ -525,7 +534,14 @@ def _unequal_text(title, few, many) -> str:
 # %% ../nbs/24_paper.ipynb #34918cc1
 def status_text(paper:Paper) -> str:
     "What is not finished, failed, or left out."
-    return sentences(_without_result(paper), _lacking_seeds(paper), _waiting(paper), _former(paper), _other_code(paper))
+    return sentences(_without_result(paper), _lacking_seeds(paper), _waiting(paper), _former(paper), _other_code(paper),
+                     _without_predictions(paper))
+
+def _without_predictions(paper:Paper) -> str:
+    n = sum(found is None for found in paper.examples.of(paper.runs))
+    if not n: return ""
+    return (f"{n} of {plural(len(paper.runs), 'reported run')} {'has' if n == 1 else 'have'} no predictions here: "
+            "intervals with them are over seeds alone.")
 
 def _without_result(paper:Paper) -> str:
     left = paper.table[paper.table.status != "done"]
@@ -599,10 +615,16 @@ def _learned_text(paper:Paper) -> str:
     for place, title in paper.places.items():
         here = [m for m in paper.methods if m in set(at_place(paper.best, place).label)]
         idle = [m for m in here if marks.not_learned(place, m)]
-        which = "any method" if 1 < len(idle) == len(here) else listed(in_words(m) for m in idle)
+        none = 1 < len(idle) == len(here)
+        which = "no method has" if none else f"{listed(in_words(m) for m in idle)} {_have(idle)} not"
         if idle: found.setdefault(which, []).append(title)
-    where = "; ".join(f"for {which} on {paper.on(titles)}" for which, titles in found.items())
-    return sentences(rule, f"This is not shown {where}." if found else all_have, _idle_text(paper))
+    where = "; ".join(f"{which} learned on {paper.on(titles)}" for which, titles in found.items())
+    unknown = [title for place, title in paper.places.items() if at_place(marks.learned, place).empty]
+    missing = f"Of {listed(unknown)} this is not known: predictions are missing." if unknown else ""
+    learn = f"By this rule, {where}." if found else all_have
+    return sentences(rule, "" if unknown and not found else learn, missing, _idle_text(paper))
+
+def _have(labels) -> str: return "has" if len(labels) == 1 and be(labels[0]) == "is" else "have"
 
 def _idle_text(paper:Paper) -> str:
     if not paper.idle: return ""
@@ -632,13 +654,20 @@ def _glue_text(paper:Paper) -> str:
 
 # %% ../nbs/24_paper.ipynb #6e4a500e
 def told_apart(paper:Paper, source:str="") -> str:
-    "In how many comparisons more than chance is seen, one by one and after Holm's correction; none without tests."
+    "In how many comparisons more than chance is seen, and in which after Holm's correction; empty without tests."
     known = paper.comparisons[paper.comparisons.p.notna()]
     if known.empty: return ""
-    apart, low = int(((known.high < 0) | (known.low > 0)).sum()), int((known.p_holm < .05).sum())
-    start = "Of all tasks, the" if paper.idle else "The"
-    return (f"{start} 95% interval of the difference excludes zero in {out_of(apart, len(known), 'comparison')}; "
-            f"after Holm's correction{source}, p is below 0.05 in {low or 'none'}.")
+    apart = int(((known.high < 0) | (known.low > 0)).sum())
+    left = known[known.p_holm < .05]
+    def where(label): return paper.on(title for place, title in paper.places.items()
+                                      if len(at_place(left[left.label == label], place)))
+    named = [f"{in_words(label)} on {where(label)}" for label in methods_in(left)]
+    return (f"Task by task, the 95% interval of the difference excludes zero in "
+            f"{out_of(apart, len(known), 'comparison')}; {after_holm(named, len(known), source)}.")
+
+def after_holm(named:list[str], n:int, source:str="") -> str: # named: those of `n` comparisons with p below 0.05
+    which = f"for {'; '.join(named)}" if named else "in none"
+    return f"after Holm's correction{source} over these {n}, p is below 0.05 {which}"
 
 def comparison_text(paper:Paper) -> str:
     "What the tests against full fine-tuning say."
@@ -657,11 +686,12 @@ def _over_tasks(paper:Paper) -> str:
     def verdict(t):
         here = compared[(compared.label == t.label) & (compared.encoder == t.encoder)]
         on = f" with {shown_encoder(t.encoder)}" if over.encoder.nunique() > 1 else ""
-        p = "" if t.p_holm != t.p_holm else f" (Wilcoxon's test over tasks, p = {t.p_holm:.3f} after Holm's correction)"
+        tested = t.tasks > 5 and t.p_holm == t.p_holm   # of five tasks or fewer, p cannot be below 0.05
+        p = f" (Wilcoxon's test over tasks, p = {t.p_holm:.3f} after Holm's correction)" if tested else ""
         ahead = f"ahead on {out_of(int((here.difference > 0).sum()), len(here), 'task')}"
         return (f"{in_words(t.label)}{on} {be(t.label)} {ahead} and {points_from(here.difference.mean())} it on "
                 f"average{p}")
-    sources = " Tests over tasks are those of @demsar2006statistical." if over.p.notna().any() else ""
+    sources = " Tests over tasks are those of @demsar2006statistical." if (over.tasks > 5).any() else ""
     return f"Against full fine-tuning, {'; '.join(map(verdict, over.itertuples()))}.{sources}"
 
 # %% ../nbs/24_paper.ipynb #d8b8b289
@@ -710,64 +740,72 @@ def _keeps(found:dict, share:float=.99) -> bool|None:
     if low != low: low = high = found["difference"]   # all seeds differ by the same
     return is_enough(low, high, (1 - share) * found["full"])
 
-def enough(paper:Paper) -> tuple[list[str], list[str], int]:
-    """In words, each method's smallest size that keeps 99% of full fine-tuning's score, and its largest that does not,
-    with their tasks; how many comparisons are open."""
-    yes, no, still_open = {}, {}, 0
+def enough(paper:Paper) -> tuple[list[str], list[str], list[str], int, int]:
+    """In words, each method's smallest size that keeps 99% of full fine-tuning's score, and all that do not, with their
+    tasks; the tasks on which none does; of how many comparisons how many are open."""
+    yes, no, kept_on, n, still_open = {}, {}, {}, 0, 0
     cells = paper.telling(paper.cells)
     cells = cells[cells.label.isin([*paper.rest(), "head"])].sort_values("parameters")
     for i in range(len(cells)):
         cell = cells.iloc[[i]]
         found = difference_to_full(paper, cell)
         if found is None: continue
-        which, title = (cell.label.iloc[0], cell["size"].iloc[0]), paper.places[tuple(cell[PLACE].iloc[0])]
+        n += 1
+        label, size, title = cell.label.iloc[0], cell["size"].iloc[0], paper.places[tuple(cell[PLACE].iloc[0])]
         kept = _keeps(found)
         if kept is None: still_open += 1
-        elif kept: yes.setdefault((which[0], title), which[1])   # the first is the smallest
-        else: no[which[0], title] = which[1]                     # the last is the largest
-    return _by_cell(paper, yes), _by_cell(paper, no), still_open
+        elif kept: yes.setdefault((label, title), size)   # the first is the smallest
+        else: no.setdefault((label, size), []).append(title)
+        kept_on[title] = kept_on.get(title) or kept
+    smallest = {}
+    for (label, title), size in yes.items(): smallest.setdefault((label, size), []).append(title)
+    lacking = in_order_of(paper, [title for title, kept in kept_on.items() if not kept])
+    return _by_cell(paper, smallest), _by_cell(paper, no), lacking, n, still_open
 
-def _by_cell(paper:Paper, sizes:dict) -> list[str]: # (label, title of the task) → size
-    titles = {}
-    for (label, title), size in sizes.items(): titles.setdefault((label, size), []).append(title)
-    ordered = sorted(titles.items(), key=lambda item: paper.methods.index(item[0][0]))
-    order = list(paper.places.values()).index
-    return [f"{with_size(*which)} on {paper.on(sorted(where, key=order))}" for which, where in ordered]
+def in_order_of(paper:Paper, titles) -> list[str]: return sorted(titles, key=list(paper.places.values()).index)
+
+def _by_cell(paper:Paper, titles:dict) -> list[str]: # (label, size) → titles of tasks
+    ordered = sorted(titles, key=lambda which: paper.methods.index(which[0]))   # and by size, as they came
+    return [f"{with_size(*which)} on {paper.on(in_order_of(paper, titles[which]))}" for which in ordered]
 
 def _enough_text(paper:Paper) -> str:
     if paper.comparisons.empty or paper.seeds < 3 or not paper.rest(): return ""
-    yes, no, still_open = enough(paper)
+    yes, no, lacking, n, still_open = enough(paper)
     start = "Enough is what keeps 99% of the score of full fine-tuning."
-    shown = f"The 95% interval of the difference shows this for {'; '.join(yes) or 'no size'}."
+    shown = f"The 95% interval of the difference shows this for {'; '.join(yes) or 'no size'}"
+    if yes and lacking: shown += f", and for none on {paper.on(lacking)}"
     refuted = f"It excludes this for {'; '.join(no)}." if no else ""
-    rest = f"It leaves {plural(still_open, 'comparison')} open." if still_open else ""
-    named = "Of several sizes, the smallest that is enough is named, and the largest that is not."
-    return sentences(start, shown, refuted, rest, named if len(paper.cells) > len(paper.best) else "")
+    rest = f"It leaves {out_of(still_open, n, 'comparison')} open." if still_open else ""
+    several = yes and len(paper.cells) > len(paper.best)
+    named = "Of several sizes that are enough, the smallest is named." if several else ""
+    return sentences(start, f"{shown}.", refuted, rest, named)
 
 # %% ../nbs/24_paper.ipynb #11f87410
 def flattery(paper:Paper) -> str:
     "By how much choosing on dev would have flattered each method."
-    gains = (paper.usual.usual - paper.usual.fair).groupby(paper.usual.label).mean()
-    by = listed(f"{number(100 * gains[m])} points for {in_words(m)}" for m in methods_in(paper.usual))
-    n = len(paper.usual[PLACE].drop_duplicates())
+    usual = paper.telling(paper.usual)
+    gains = (usual.usual - usual.fair).groupby(usual.label).mean()
+    by = listed(f"{number(100 * gains[m])} points for {in_words(m)}" for m in methods_in(usual))
+    n = len(usual[PLACE].drop_duplicates())
     over = f" over {plural(n, paper.unit())}" if n > 1 else ""
-    return ("Choosing on dev claims more than the dev score of what the tuning split chooses, from the same runs: on "
-            f"average{over} by {by}.")
+    return ("The best dev score of all configurations and epochs, which is what choosing on dev would claim, is higher "
+            f"than that of the tuning split's choice from the same runs: on average{over} by {by}.")
 
 def edges(table, cells, titles:dict # place → its name
          ) -> dict[str, list[str]]: # name of the place → in words
     "The cells that chose the lowest or the highest of the learning rates that they tried."
     found = {}
     for i in range(len(cells)):
-        cell = cells.iloc[[i]]
-        place = tuple(cell[PLACE].iloc[0])
-        label, size = cell.label.iloc[0], cell["size"].iloc[0]
-        here = at_place(done(table), place)
-        tried = here.lr[(here.label == label) & (here["size"] == size)]
+        cell, c = cells.iloc[[i]], cells.iloc[i]
+        if not is_edge(table, cell): continue
         chosen = runs_of(table, cell).lr.iloc[0]
-        if tried.nunique() < 2 or tried.min() < chosen < tried.max(): continue
-        found.setdefault(titles[place], []).append(f"{with_size(label, size)} ({rates([chosen])})")
+        found.setdefault(titles[tuple(c[PLACE])], []).append(f"{with_size(c.label, c['size'])} ({rates([chosen])})")
     return found
+
+def is_edge(table, cell) -> bool: # a row of `cell_means`
+    here = at_place(done(table), tuple(cell[PLACE].iloc[0]))
+    tried = here.lr[(here.label == cell.label.iloc[0]) & (here["size"] == cell["size"].iloc[0])]
+    return tried.nunique() > 1 and not tried.min() < runs_of(table, cell).lr.iloc[0] < tried.max()
 
 def at_the_edge(found:dict) -> str: # of `edges`
     where = "; ".join(f"on {title} {listed(names)}" for title, names in found.items())
@@ -819,11 +857,14 @@ PAIRED = dict(ablation_init=("a comparison of two initialisations of adapters", 
               official=("a comparison of the methods written from scratch with those of Hugging Face PEFT", "method",
                         [(ours, "hf_" + ours) for ours in ("lora", "prompt", "prefix", "ia3")]))
 
+@cache
 def _with_other(paper:Paper, name:str):
-    "The runs of the study, and of another where it is there."
+    "The runs of the study, and of another where it is there: each run once, as finished if it is so in one of them."
     tables = [paper.table]
     if name in studies(paper.outputs) and name != paper.study: tables.append(load_runs(name, paper.outputs))
-    return pd.concat(tables, ignore_index=True)
+    both = pd.concat(tables, ignore_index=True)
+    first = both.assign(left=both.status != "done").sort_values("left", kind="stable").drop_duplicates("run_id")
+    return both.loc[sorted(first.index)]
 
 @cache
 def paired_runs(paper:Paper, name:str):
@@ -842,8 +883,23 @@ def init_verdict(paper:Paper) -> str:
     "What the start of adapters changes; empty where it was not compared."
     found = paired_runs(paper, "ablation_init")
     def near(size): return f"{with_size('adapter', size)} that start near the identity are"
-    return _verdict(paper, "ablation_init", [(near(size), rows) for size, rows in found.groupby("size", sort=False)],
+    text = _verdict(paper, "ablation_init", [(near(size), rows) for size, rows in found.groupby("size", sort=False)],
                     "those that start at the framework's default")
+    stuck = [_stuck_text(paper, size, rows) for size, rows in found.groupby("size", sort=False)]
+    return sentences(text, *stuck) if text else ""
+
+def _stuck_text(paper:Paper, size:str, rows) -> str: # rows: of `compare_pairs`
+    "How many of the adapters of one size have learned nothing at all."
+    def count(side):
+        runs = _with_other(paper, "ablation_init")
+        runs = runs[runs.run_id.isin(rows[side].explode())]
+        answers = [predictions_of(run.run_id, paper.outputs/run.study) for run in runs.itertuples()]
+        known = [rows.prediction.nunique() for rows in answers if rows is not None]
+        return known.count(1), len(known)
+    (near, n), (framework, m) = count("first_runs"), count("second_runs")
+    if not near + framework: return ""
+    return (f"With {shown_size(size)}, {near} of {n} runs that start near the identity and {framework} of {m} that "
+            "start at the default end at a constant prediction.")
 
 def official_verdict(paper:Paper) -> str:
     "How the methods of this project differ from those of 🤗 PEFT; empty where they were not compared."
@@ -851,7 +907,8 @@ def official_verdict(paper:Paper) -> str:
     text = _verdict(paper, "official", [(f"{in_words(m)} is", rows) for m, rows in found.groupby("first", sort=False)],
                     "its implementation in Hugging Face PEFT")
     reach = found[["low", "high"]].abs().max(axis=None)
-    return sentences(text, f"No interval goes beyond {number(100 * reach)} points from zero." if reach == reach else "")
+    several = found.low.notna().sum() > 1
+    return sentences(text, f"No interval goes beyond {number(100 * reach)} points from zero." if several else "")
 
 def _tally_of_pairs(paper:Paper, name:str, rows) -> dict:
     runs = _with_other(paper, name)
@@ -889,6 +946,8 @@ _NO_PROTOCOL = {"study", "task_name", "checkpoint", "data", "method", "lr", "see
 def with_others(paper:Paper) -> pd.DataFrame:
     "The runs of this study and of `methods`, or of `methods` and `small`, on the tasks that both have in one protocol."
     both = _with_other(paper, "small" if paper.study == "methods" else "methods")
+    own = pd.MultiIndex.from_frame(paper.done[CELL])   # a cell of both studies is this one's
+    both = both[(both.study == paper.study) | ~pd.MultiIndex.from_frame(both[CELL]).isin(own)]
     protocol = [*PLACE, *(c for c in RunConfig.model_fields if c in both and c not in _NO_PROTOCOL)]
     protocols = pd.Series(map(tuple, both[protocol].fillna("").astype(str).values), both.index)
     def of(runs): return set(protocols[runs.index])
@@ -900,7 +959,7 @@ _PAIR = ["label", "size", "against", "against_size"]
 @cache
 def other_methods(paper:Paper) -> pd.DataFrame:
     """A row for each cell of `methods`, its `score` ± `half` of the interval, and what it is `against`: `paired`, and
-    `p_holm` over all rows."""
+    `p_holm` over all rows. Of the `parameters`, those but pooler and head are its `own`."""
     both, rows = with_others(paper), []
     cells = ordered_cells(cell_means(both, paper.examples))
     for place in place_names(reported(both)):
@@ -909,13 +968,16 @@ def other_methods(paper:Paper) -> pd.DataFrame:
             cell, c = here.iloc[[i]], here.iloc[i]
             runs = runs_of(both, cell)
             if set(runs.study) != {"methods"} or c.label == "full": continue
-            about = dict(c[[*CELL, "parameters", "score"]]) | dict(half=half_width(c.low, c.high))
+            common = common_parameters(runs.iloc[0])
+            about = dict(c[[*CELL, "method", "parameters", "score"]]) | dict(half=half_width(c.low, c.high))
+            about["own"] = c.parameters - common
             for _, other in _sides_of(c, here).iterrows():
                 found = paired(runs, runs_of(both, other.to_frame().T), paper.examples)
-                names = dict(against=other.label, against_size=other["size"], against_parameters=other.parameters)
+                names = dict(against=other.label, against_size=other["size"], against_parameters=other.parameters,
+                             against_own=other.parameters - common)
                 if found["n"]: rows.append(about | names | found)
-    columns = [*CELL, "parameters", "score", "half", "against", "against_size", "against_parameters", "difference", "n",
-               "low", "high", "p"]
+    columns = [*CELL, "method", "parameters", "own", "score", "half", "against", "against_size", "against_parameters",
+               "against_own", "difference", "n", "low", "high", "p"]
     found = pd.DataFrame(rows, columns=columns)
     return found.assign(p_holm=holm(found.p))
 
@@ -936,40 +998,53 @@ def others_verdict(paper:Paper) -> str:
     "How the other methods compare; empty where there is nothing to compare."
     found = paper.telling(other_methods(paper))
     if found.empty: return ""
-    sides = [(rows.iloc[0], _tally_of_other(paper, rows)) for _, rows in found.groupby(_PAIR, sort=False)]
-    sides.sort(key=lambda side: -side[1]["difference"])
+    sides = [(rows.iloc[0], _tally_of_other(paper, rows), _titles_of(paper, rows))
+             for _, rows in found.groupby(_PAIR, sort=False)]
+    sides.sort(key=lambda side: (-side[1]["n"], side[2], -side[1]["difference"]))
     to_full, to_basic = ([side for side in sides if (side[0].against == "full") == full] for full in (True, False))
-    p_holm = holm([row["p"] for _, row in sides])
-    low = sum(p < .05 for p in p_holm)
-    known = f"After Holm's correction, p is below 0.05 in {out_of(low, len(sides), 'comparison')}."
-    return sentences(_sides_text(to_full, "full fine-tuning"),
-                     _sides_text(to_basic, "the basic form of the same size or the nearest number of parameters"),
-                     known if not any(p != p for p in p_holm) else "", _others_learned(paper))
+    p_holm = holm([row["p"] for _, row, _ in sides])
+    left = [_pair_name(first, ratio=False) for (first, *_), p in zip(sides, p_holm) if p < .05]
+    known = f"{capital(after_holm(left, len(sides)))}." if not any(p != p for p in p_holm) else ""
+    basic = "the basic form of the same size or the nearest number of parameters (pooler and head apart)"
+    return sentences(_sides_text(to_full, "full fine-tuning"), _sides_text(to_basic, basic), known,
+                     _houlsby_text(to_basic), _others_learned(paper))
+
+def _titles_of(paper:Paper, rows) -> str:
+    titles = place_names(reported(with_others(paper)))
+    return listed(title for place, title in titles.items() if len(at_place(rows, place)))
 
 def _tally_of_other(paper:Paper, rows) -> dict: # rows: of `other_methods`, of one method against one other
     first, runs = rows.iloc[0], paper.telling(reported(with_others(paper)))
     def of(label, size): return runs[(runs.label == label) & (runs["size"] == size)]
     return tally(rows, of(first.label, first["size"]), of(first.against, first.against_size), paper.examples)
 
-def _sides_text(sides:list[tuple], other:str) -> str: # sides: (a comparison, the `tally` of all on other tasks as well)
+def _sides_text(sides:list[tuple], other:str) -> str: # sides: (a comparison, the `tally` of all on its tasks, these)
     if not sides: return ""
-    tasks = {row["n"] for _, row in sides}
-    mean = f" on average over {plural(tasks.pop(), 'task')}" if len(tasks) == 1 else " on average over their tasks"
-    each = (f"{_pair_name(first)}, {with_interval(row['difference'], row['low'], row['high'])}"
-            + (f" on {plural(row['n'], 'task')}" if tasks else "") for first, row in sides)
-    return f"Against {other}, in points{mean}: {'; '.join(each)}."
+    by_tasks = {}
+    for first, row, titles in sides:
+        text = f"{_pair_name(first)} {with_interval(row['difference'], row['low'], row['high'])}"
+        by_tasks.setdefault(titles, []).append(text)
+    mean = " on average" if any(row["n"] > 1 for _, row, _ in sides) else ""
+    groups = [f"on {titles}, {', '.join(each)}." for titles, each in by_tasks.items()]
+    return sentences(f"Against {other}, in points{mean}: {groups[0]}", *map(capital, groups[1:]))
 
-def _pair_name(row) -> str: # of `other_methods`
-    "The method; of a variant also the size of the other and the ratio of parameters, where they differ."
-    text, times = with_size(row.label, row["size"]), f"{row.parameters / row.against_parameters:.2g}"
+def _pair_name(row, ratio:bool=True) -> str: # of `other_methods`
+    "The method; of a variant also the other's size, where it differs, and the `ratio` of parameters."
+    text = with_size(row.label, row["size"])
     if row.against == "full": return text
-    if row["size"] != row.against_size: text += f" against {shown_size(row.against_size)}"
-    return text if times == "1" else f"{text} ({times} times the parameters)"
+    if row["size"] != row.against_size or not ratio: text += f" against {shown_size(row.against_size)}"
+    times = row.own / row.against_own
+    return f"{text} ({times:.2g} times the parameters)" if ratio and f"{times:.2g}" not in ("1", "nan") else text
+
+def _houlsby_text(sides:list[tuple]) -> str:
+    if not any(first.method == "adapter" for first, *_ in sides): return ""
+    return "Adapters in their basic form train all LayerNorms as well, which their variants do not."
 
 def _others_learned(paper:Paper) -> str:
     "Which of the other methods are above the linear probe and the constant prediction."
     both, found = with_others(paper), other_methods(paper)
     marks, idle = Marks(both, paper.examples), {}
+    if marks.learned.empty: return ""
     for place, title in place_names(reported(both)).items():
         for label in methods_in(at_place(found, place)):
             if marks.not_learned(place, label): idle.setdefault(title, []).append(in_words(label))
@@ -1046,9 +1121,10 @@ def curves_figure(paper:Paper): return curves_by_place(chosen_runs(paper), paper
 def about_encoder(paper:Paper) -> str:
     "What its former training has to do with the tasks."
     if "minilm" not in set(paper.runs.checkpoint) or paper.synthetic: return ""
-    return ("MiniLM [@wang2020minilm] has 6 layers and 22.7 million parameters, and this checkpoint was further "
-            "trained for sentence embeddings on data that includes SNLI, MultiNLI and QQP, so that its scores on "
-            "inference and paraphrase are contaminated. Its pooler was not part of that training.")
+    return ("MiniLM [@wang2020minilm] has 6 layers and 22.7 million parameters. The checkpoint is all-MiniLM-L6-v2, "
+            "which was further trained to give similar sentences similar embeddings, on data that includes SNLI, "
+            "MultiNLI and QQP: similarity and paraphrase (STS-B, MRPC) are close to what it was trained for. Its "
+            "pooler was not part of that training.")
 
 def about_phrases(paper:Paper) -> str:
     "What is held back of SST-2 is unlike its dev set."
@@ -1056,6 +1132,29 @@ def about_phrases(paper:Paper) -> str:
     return ("SST-2's training set is of phrases, many of one sentence, and its dev set of whole sentences. Its tuning "
             "split is of phrases as well, many of them parts of others that are trained on, so that what it chooses "
             "may not be what is best on sentences.")
+
+def about_budget(paper:Paper) -> str:
+    "Whether more epochs might have changed something."
+    runs = paper.telling(paper.runs[paper.runs.label != "head"])
+    if "dev_best_epoch" not in runs or paper.runs.n_epochs.nunique() > 1 or paper.synthetic: return ""
+    last = int((runs.dev_best_epoch == runs.n_epochs).sum())
+    if 2 * last < len(runs): return ""
+    learned = " on tasks that are learned" if paper.idle else ""
+    return (f"All methods train for {plural(int(runs.n_epochs.iloc[0]), 'epoch')}. In {last} of "
+            f"{plural(len(runs), 'run')}{learned}, the last one is the best on dev: more might change scores and their "
+            "order.")
+
+def about_choice(paper:Paper) -> str:
+    "What intervals leave out, and which method had more to choose from."
+    if paper.best.tried.max() == 1: return ""
+    rows = [at_place(paper.best, place) for place in paper.places]
+    few, many = max(((r.loc[r.tried.idxmin()], r.loc[r.tried.idxmax()]) for r in rows),
+                    key=lambda pair: pair[1].tried / pair[0].tried)
+    unequal = (f"On {paper.places[tuple(few[PLACE])]}, {in_words(many.label)} chose from {many.tried:.0f} "
+               f"configurations, sizes included, and {in_words(few.label)} from {few.tried:.0f}.")
+    if few.tried == many.tried: unequal = ""
+    chosen = "Intervals are of what was chosen: they lack the chance of the choice, and that of the training data."
+    return sentences(unequal, chosen if paper.seeds >= 3 else "")
 
 def limits(paper:Paper) -> str:
     "Markdown, a list."
@@ -1071,6 +1170,8 @@ def limits(paper:Paper) -> str:
         ("wnli" in paper.tasks and not paper.synthetic and paper.tuned,
          "WNLI's tuning split shares sentences with the rest of its training set as well, so that it chooses badly."),
         (about_phrases(paper), about_phrases(paper)),
+        (about_budget(paper), about_budget(paper)),
+        (about_choice(paper), about_choice(paper)),
         (unequal, "Methods had different numbers of configurations, sizes included, to choose from" +
          ("." if paper.tuned else ", and the best was chosen on the dev set that is reported.")),
         (not paper.tuned and not unequal and paper.best.tried.max() > 1,
@@ -1107,41 +1208,50 @@ def not_part(paper:Paper) -> str:
 # %% ../nbs/24_paper.ipynb #aafa7433
 def conclusion(paper:Paper) -> str:
     scope = "These answers are about synthetic tasks." if paper.synthetic else ""
+    times = "Training times are in @tbl-cost, and compare only where runs had a machine to themselves."
+    if not has_costs(paper): times = ""
     answers = [f"**How close?** {_how_close(paper)}",
                f"**How many parameters?** {_how_many(paper)}",
-               f"**At what cost?** {_at_what_cost(paper)}"]
+               f"**At what cost?** {sentences(_at_what_cost(paper), times)}"]
     return "\n\n".join(filter(None, [*answers, scope]))
 
 def _how_close(paper:Paper) -> str:
-    found = against(paper)
-    found = found[found.label != "head"]
-    if found.empty: return "The study does not say: it has no full fine-tuning beside another method on the same task."
-    caution = "" if found.known.any() else "Without three seeds, none of this is told from chance."
-    return sentences(*(_against(row, "full", paper.unit()) for row in found.to_dict("records")),
-                     *_each_other(paper), caution)
+    found = [(row, "full") for row in against(paper).to_dict("records") if row["label"] != "head"]
+    if not found: return "The study does not say: it has no full fine-tuning beside another method on the same task."
+    found += _each_other(paper)
+    sizes = "" if len(paper.cells) == len(paper.best) else "Each method has the size that was chosen on each task."
+    each = [_against(row, other, paper.unit()) for row, other in found]
+    caution = "" if any(row["known"] for row, _ in found) else "Without three seeds, none of this is told from chance."
+    return sentences(sizes, *each, _holm_of_means(found), caution)
 
 def _against(row:dict, baseline:str, unit:str) -> str: # row: of `against`
     label = row["label"]
     return decided(f"{in_words(label)} {be(label)}", row, in_words(baseline), unit)
 
-def _each_other(paper:Paper) -> list[str]:
+def _each_other(paper:Paper) -> list[tuple]: # (row of `against`, other method)
     "How the methods with few parameters compare, where they are two or three."
     few = [m for m in paper.rest() if m != "top_k"]
     if len(few) > 3: return []
-    found = [(row, other) for i, other in enumerate(few) for row in against(paper, other).to_dict("records")
-             if row["label"] in few[:i]]
-    return [_against(row, other, paper.unit()) for row, other in found]
+    return [(row, other) for i, other in enumerate(few) for row in against(paper, other).to_dict("records")
+            if row["label"] in few[:i]]
+
+def _holm_of_means(found:list[tuple]) -> str: # of means over several tasks
+    means = [(row, other) for row, other in found if row["n"] > 1]
+    p_holm = holm([row["p"] for row, _ in means])
+    if len(means) < 2 or any(p != p for p in p_holm): return ""
+    def named(label, other): return in_words(label) + ("" if other == "full" else f" against {in_words(other)}")
+    left = [named(row["label"], other) for (row, other), p in zip(means, p_holm) if p < .05]
+    return f"{capital(after_holm(left, len(means)))}."
 
 def _how_many(paper:Paper) -> str:
-    parts = learning_parts(paper)
-    parts = parts[parts.own.notna() & parts.label.isin(paper.rest())]
     compared = paper.telling(paper.comparisons)
     probe = compared[compared.label == "head"].difference
     lacking = "full fine-tuning" if paper.comparisons.empty else "three seeds"
-    text = [_enough_text(paper) or f"Whether few are enough is not known without {lacking}."]
+    unknown = f"Whether few are enough is not known without {lacking}." if paper.rest() else ""
+    text = [_enough_text(paper) or unknown]
     mean = " on average" if len(probe) > 1 else ""
     if len(probe):
-        text.append("The linear probe, which trains no parameter of the encoder's layers, is "
+        text.append("The linear probe, which trains no layer of the encoder, is "
                     f"{points_from(probe.mean())} full fine-tuning{mean}.")
     text += [_by_size(paper, label) for label in paper.rest()]
     return sentences(*text)
@@ -1173,34 +1283,35 @@ def _at_what_cost(paper:Paper) -> str:
     saved = listed(f"{means.cost_adapter_bytes[m] / 1e6:.1f} MB with {in_words(m)}" for m in shown)
     peaks = [f"{means.cost_peak_memory_bytes[m] / 1e9:.1f}" for m in shown]
     memory = listed(peaks if len(set(peaks)) > 1 else peaks[:1])
-    return (f"At the chosen sizes, what is kept for each task is {saved}; the peak of memory in training is "
-            f"{memory} GB. Training times are in @tbl-cost, and compare only where runs had a machine to themselves.")
+    return f"At the chosen sizes, what is kept for each task is {saved}; the peak of memory in training is {memory} GB."
 
 # %% ../nbs/24_paper.ipynb #a1607028
 def _against_full(paper:Paper, cell) -> str:
     "The difference to full fine-tuning in points, with its interval over seeds and examples."
     found = None if cell.label.iloc[0] == "full" else difference_to_full(paper, cell)
-    if found is None: return ""
-    return with_interval(cell.score.iloc[0] - found["full"], found["low"], found["high"])
+    return with_interval(found["difference"], found["low"], found["high"]) if found and found["n"] else ""
 
 def short_table(paper:Paper) -> str:
     """Markdown: a row a method and size, those of `other_methods` as well; a task has its score ± half of its interval,
-    and below it the difference to full."""
-    cells = {}
+    and below it the difference to full. Bold is the chosen one of several sizes; † is at the edge of the learning
+    rates."""
+    cells, chosen = {}, set(paper.best.configuration)
     for place in paper.places:
         here = at_place(paper.cells, place)
         for i in range(len(here)):
-            cell = here.iloc[[i]]
-            c = cell.iloc[0]
-            score = f"{percent(c.score)}{half_width(c.low, c.high)}"
+            cell, c = here.iloc[[i]], here.iloc[i]
+            score = f"{percent(c.score)}{half_width(c.low, c.high)}{_edge_mark(paper.table, cell)}"
+            if (here.label == c.label).sum() > 1 and c.configuration in chosen: score = f"**{score}**"
             row = cells.setdefault((c.label, c["size"]), dict(parameters=c.parameters))
             difference = _against_full(paper, cell)
             row[place] = f"{score}<br>{difference}" if difference else score
-    others = other_methods(paper)
+    others, both = other_methods(paper), with_others(paper)
+    means = cell_means(both)
     for o in others[others.against == "full"].to_dict("records"):
+        place = tuple(o[p] for p in PLACE)
+        edge = _edge_mark(both, means[(means[CELL] == [o[c] for c in CELL]).all(axis=1)])
         row = cells.setdefault((o["label"], o["size"]), dict(parameters=o["parameters"]))
-        score = f"{percent(o['score'])}{o['half']}<br>"
-        row[tuple(o[p] for p in PLACE)] = score + with_interval(o["difference"], o["low"], o["high"])
+        row[place] = f"{percent(o['score'])}{o['half']}{edge}<br>{with_interval(o['difference'], o['low'], o['high'])}"
     constants = floors(paper.table, paper.examples)
     first = ["a constant prediction", ""]
     first += [percent(at_place(constants, place).constant.iloc[0]) for place in paper.places]
@@ -1208,20 +1319,28 @@ def short_table(paper:Paper) -> str:
     for (label, size), row in sorted(cells.items(), key=lambda cell: rank(cell[0][0])):
         scores = [row.get(place, "—") for place in paper.places]
         rows.append([capital(with_size(label, size)), f"{row['parameters']:,}", *scores])
-    header = ["", "trainable parameters", *(f"{title}, %" for title in paper.places.values())]
-    return markdown_table(header, rows)
+    titles = [f"{title} ({as_it_is(shown_metrics(place[0]))})" for place, title in paper.places.items()]
+    return markdown_table(["", "trainable parameters", *titles], rows)
+
+def _edge_mark(table, cell) -> str: return "†" if is_edge(table, cell) else ""
+
+def _about_table(paper:Paper, table:str) -> str:
+    "What numbers and marks of `short_table` are."
+    scores = "Scores are in percent, of several metrics their mean"
+    intervals = "; intervals (95%) are over seeds and dev examples" if paper.seeds >= 3 else ""
+    below = "Below each score is its difference to full fine-tuning, in points." if len(paper.comparisons) else ""
+    bold = "Bold is the one of several sizes that is chosen." if "**" in table else ""
+    edge = ("† is a score at the lowest or the highest learning rate that was tried, so that another might be "
+            "better.") if "†" in table else ""
+    common = [common_parameters(run) for _, run in paper.runs.drop_duplicates(PLACE).iterrows()]
+    what = "pooler and head" if paper.runs.train_pooler.eq(True).all() else "the head"
+    shared = f"Every count has the {max(common):,} parameters of {what}, which all methods train."
+    if any(n != n for n in common): shared = ""
+    return sentences(shared, f"{scores}{intervals}.", below, bold, edge)
 
 def _limits_in_short(paper:Paper) -> str:
-    found, n = edges(paper.table, paper.cells, paper.places), len(paper.cells)
-    if paper.study != "methods":   # whose table has them
-        for title, names in _others_edges(paper).items(): found[title] = found.get(title, []) + names
-        n += len(other_methods(paper).drop_duplicates(CELL))
-    counts = {title: len(names) for title, names in found.items()}
-    where = listed(f"{count} on {title}" for title, count in counts.items())
-    edge = (f"Of {plural(n, 'score')} in the table, {sum(counts.values())} are at the lowest or the highest learning "
-            f"rate that was tried, so that another might be better: {where}. The report names them.")
     encoder = about_encoder(paper).replace(" [@wang2020minilm]", "")
-    return sentences(encoder, _cut_text(paper), about_phrases(paper), edge if counts else "")
+    return sentences(encoder, about_budget(paper), about_choice(paper), _cut_text(paper), about_phrases(paper))
 
 def _runs_in_words(runs) -> str: # finished ones
     "How many, of how many epochs, and in how many hours."
@@ -1237,19 +1356,18 @@ def in_short(paper:Paper) -> str:
     others = f"The other methods are those of the study `methods`, {_runs_in_words(beside)}." if len(beside) else ""
     what = f"{listed(paper.encoders)} on {paper.where()}, {runs}; dev scores of {seeds}"
     if paper.two_stages: what += ", after another seed has tuned on a held-out part of the training set"
-    below = "" if paper.comparisons.empty else "Below each score is its difference to full fine-tuning, in points."
-    intervals = "Intervals (95%) are over seeds and dev examples." if paper.seeds >= 3 else ""
     learned = [] if paper.marks.learned.empty else [f"- **What learns?** {_learned_text(paper)}"]
     answers = [*learned,
                f"- **How close?** {sentences(_how_close(paper), told_apart(paper))}",
                f"- **How many parameters?** {_how_many(paper)}"]
+    if has_costs(paper): answers.append(f"- **At what cost?** {_at_what_cost(paper)}")
     if text := others_verdict(paper): answers.append(f"- **Other methods?** {text}")
     if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {flattery(paper)}")
     if text := init_verdict(paper): answers.append(f"- **Must adapters start near the identity?** {text}")
     if text := official_verdict(paper): answers.append(f"- **As the official implementations?** {text}")
     if limit := _limits_in_short(paper): answers.append(f"- **Limits.** {limit}")
-    done_here, about_table = sentences(f"{what}.", others), sentences(below, intervals)
-    return "\n\n".join(filter(None, [done_here, "\n".join(answers), about_table, short_table(paper)]))
+    table = short_table(paper)
+    return "\n\n".join([sentences(f"{what}.", others), "\n".join(answers), _about_table(paper, table), table])
 
 # %% ../nbs/24_paper.ipynb #7c1ae333
 def reproduce_text(paper:Paper) -> str:

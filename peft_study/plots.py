@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from .glue import METRICS, get_task, in_order
+from .glue import METRICS, BadInput, get_task, in_order
 from .results import (PLACE, DevExamples, best_sizes, budget_curves, cell_means, done, floors, methods_in,
                                 paired, reported, runs_of)
 from .runs import read_config, read_metrics
@@ -178,7 +178,13 @@ def place_names(table) -> dict: # (task, encoder, data) → name
         if rows.encoder.nunique() > 1: several.append(shown_encoder(row.checkpoint))
         if same_task.data_id.nunique() > 1: several.append(f"data {row.data_id}")
         found[row.task_name, row.encoder, row.data_id] = f"{name} ({', '.join(several)})" if several else name
-    return found
+    return {place: _distinct(place, found) for place in found}
+
+def _distinct(place:tuple, names:dict) -> str:
+    "Two folders of one name, or two tasks of one title, are told apart by what they differ in."
+    same = [other for other in names if names[other] == names[place]]
+    differ = [str(part) for part, *parts in zip(place, *same) if len(set(parts)) > 1]
+    return f"{names[place]} [{', '.join(differ)}]" if differ else names[place]
 
 def at_place(table, place): return table[(table[PLACE] == list(place)).all(axis=1)]
 
@@ -424,7 +430,8 @@ def expected_best_figure(table):
 def _draw_curves(axes, folders, by) -> dict: # name → a line of it
     lines, labels = {}, {}
     for folder in folders:
-        config = read_config(folder)
+        try: config = read_config(folder)
+        except BadInput: continue   # of a method of one's own that is not here
         metrics = pd.DataFrame(read_metrics(folder), columns=["epoch", "loss", "dev_score"])
         name = config.method.label if by == "label" else str(config.flat()[by])
         labels.setdefault(name, COLOURS.get(name, f"C{len(labels)}"))

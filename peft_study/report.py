@@ -244,7 +244,8 @@ def _run_rows(run:dict, outputs, folder) -> str:
     "Two rows of HTML about one run: its files, and its command, which `run` then has as well."
     there = Path(outputs)/run["study"]/"runs"/run["run_id"]
     link = os.path.relpath(there.resolve(), folder.resolve())
-    run["command"] = command_of(read_config(there)) if (there/"config.json").is_file() else None
+    try: run["command"] = command_of(read_config(there))
+    except BadInput: run["command"] = None   # a method of one's own is not here
     names = ["notebook.ipynb"] * (there/"notebook.ipynb").is_file() + ["result.json"]   # a run of a stack has none
     files = " ".join(f"<a href='{link}/{name}'>{name}</a>" for name in names)
     command = html.escape(run["command"] or "")

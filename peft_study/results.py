@@ -336,11 +336,16 @@ def best_runs(table):
 # %% ../nbs/18_results.ipynb #8e632bb0
 def floors(table, examples:DevExamples):
     "A row a place: the scores of the `constant` prediction and the linear `probe`; nan where they are not known."
-    shown = reported(table).drop_duplicates(PLACE)
-    constants = [examples.constant_score(run) for run in shown.itertuples()]
+    runs = reported(table)
+    shown = runs.drop_duplicates(PLACE)
+    constants = [_constant(runs[(runs[PLACE] == run[PLACE]).all(axis=1)], examples) for _, run in shown.iterrows()]
     cells = cell_means(table[table.label == "head"])
     probes = cells[[*PLACE, "score"]].rename(columns=dict(score="probe"))
     return shown[PLACE].assign(constant=constants).merge(probes, on=PLACE, how="left").astype(dict(probe=float))
+
+def _constant(runs, examples) -> float: # of one place
+    scores = (examples.constant_score(run) for run in runs.itertuples())
+    return next((score for score in scores if score == score), math.nan)   # of the first that has predictions
 
 def learned(table, examples:DevExamples):
     "A row a place and method: `difference` to the higher `floor`, interval `low` to `high`, and whether it `learned`."

@@ -248,14 +248,18 @@ def diverged(folder) -> bool:
     return file.is_file() and read_text(file, "replace").startswith("FloatingPointError")
 
 # %% ../nbs/15_sweep.ipynb #17cdc05e
-def choose(configs:list[RunConfig], outputs="outputs") -> RunConfig|None:
-    "The configuration of a cell with the best mean of the score that chooses, over the seeds that tune."
-    from peft_study.results import chosen_configurations, table_of
-    table = table_of([run_folder(c, outputs) for c in configs])
-    chosen = chosen_configurations(table)
+def choose(configs:list[RunConfig], table, outputs="outputs") -> RunConfig|None: # of one cell; runs of the study
+    """The configuration of a cell with the best mean of the score that chooses, over the seeds that tune: of all that
+    the study has run there, as in its tables."""
+    from peft_study.results import CELL, chosen_configurations
+    cell = table[table.run_id.isin([c.run_id for c in configs])][CELL].drop_duplicates()
+    here = table.merge(cell, on=CELL)
+    chosen = chosen_configurations(here)
     if chosen.empty: return None
-    run_ids = set(table.run_id[table.configuration == chosen.configuration.iloc[0]])
-    return next(c for c in configs if c.run_id in run_ids)
+    runs = here[here.configuration.isin(chosen.configuration) & (here.status == "done")]
+    of_grid = [c for c in configs if c.run_id in set(runs.run_id)]
+    return of_grid[0] if of_grid else read_config(run_folder(configs[0], outputs).parent/runs.run_id.iloc[0])
+
 
 # %% ../nbs/15_sweep.ipynb #dfea346c
 class SecondStage:
@@ -272,8 +276,10 @@ class SecondStage:
 
     def begin(self) -> list[RunConfig]:
         "The repetitions of the cells whose grid has become complete."
+        from peft_study.results import load_runs
         complete = [cell for cell in self.waiting if all(is_done(f) or diverged(f) for f in self._folders(cell))]
-        chosen = {cell: choose(self.waiting[cell], self.outputs) for cell in complete}
+        table = load_runs(self.study.name, self.outputs) if complete else None
+        chosen = {cell: choose(self.waiting[cell], table, self.outputs) for cell in complete}
         for cell in complete: del self.waiting[cell]
         self._count()
         return self.study.final_runs({cell: config for cell, config in chosen.items() if config})
