@@ -377,6 +377,7 @@ def paired(a, b, examples:DevExamples|None=None) -> dict: # runs of one place, o
     Of several places, all of the mean over them."""
     sides = [[runs.drop_duplicates("seed").set_index("seed") for runs in two] for two in _by_place(a, b)]
     seeds = reduce(pd.Index.intersection, [runs.index for two in sides for runs in two])
+    if seeds.empty: return dict(difference=math.nan, n=0, low=math.nan, high=math.nan, p=math.nan)
     differences, resampled = zip(*(_differences(x.loc[seeds], y.loc[seeds], examples) for x, y in sides))
     known = all(r is not None for r in resampled)
     found = two_level(np.mean(differences, 0), np.mean(resampled, 0) if known else None)
@@ -388,7 +389,7 @@ def _by_place(a, b) -> list[tuple]:
     return [(a[of_a == i], b[of_b == i]) for i in dict.fromkeys(of_a) if i in of_b] or [(a[:0], b[:0])]
 
 def _differences(a, b, examples) -> tuple: # (seeds,), and on resampled examples (RESAMPLES, seeds) where they are known
-    both = examples.together([*examples.of(a), *examples.of(b)]) if examples and len(a) else None
+    both = examples.together([*examples.of(a), *examples.of(b)]) if examples else None
     return a.score.to_numpy() - b.score.to_numpy(), None if both is None else both[:, :len(a)] - both[:, len(a):]
 
 def compare(table, baseline:str="full", examples:DevExamples|None=None):

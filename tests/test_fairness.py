@@ -5,9 +5,10 @@ import nbformat, numpy as np, pandas as pd, pytest
 from fabricate import final_seeds, run_folder
 from peft_study.glue import BadInput
 from peft_study.paper import (Paper, abstract, against, conclusion, in_short, init_table, init_verdict, limits,
-                              parameters_text, points_from, protocol_text)
-from peft_study.report import Trace, execute_report, main_table, pair_table
-from peft_study.results import (DevExamples, best_runs, cell_means, compare, compare_pairs, learned, load_runs,
+                              map_figure, other_methods, parameters_text, percent, points_from, protocol_text,
+                              scores_text, status_text, with_interval)
+from peft_study.report import Trace, execute_report, main_table, pair_table, save_trace
+from peft_study.results import (DevExamples, best_runs, cell_means, compare, compare_pairs, floors, learned, load_runs,
                                 not_reported, paired, pairs, predictions_of, publish_predictions, reported)
 from peft_study.submission import choose
 
@@ -185,7 +186,7 @@ def test_tasks_that_no_method_learns(tmp_path):
     assert "% on the task on which any method is shown to have learned. LoRA is" in abstract(paper)
     text = in_short(paper)
     answers = text.split("**How many parameters?**")[1].split("\n\n")[0]
-    assert "are without WNLI" in text and "| RTE, % | WNLI, % |" in text
+    assert "are without WNLI" in text and "| RTE (accuracy) | WNLI (accuracy) |" in text
     assert "WNLI" not in parameters_text(paper) and "WNLI" not in answers
 
 
@@ -205,12 +206,79 @@ def test_means_over_tasks(tmp_path):
     assert to_full.high["adapter"] - to_full.low["adapter"] < (each.high - each.low).min()
 
 
+def test_seeds_that_are_missing(tmp_path):
+    "Differences, intervals and means are of the seeds that both sides have, and of the tasks that both have."
+    for seed in range(1, 6): run_folder(tmp_path, .95 - .03 * seed, method="full", seed=seed)
+    for seed in (1, 2, 3): run_folder(tmp_path, .7, method="lora", seed=seed)
+    for seed, method in ((1, "full"), (2, "lora")): run_folder(tmp_path, .8, task_name="mrpc", method=method, seed=seed)
+    paper = Paper("made_up", tmp_path)
+    [(_, rte)], [(_, lora)] = paper.comparisons.iterrows(), against(paper).iterrows()
+    assert (lora.n, lora.difference, lora.low, rte.n) == (1, rte.difference, rte.low, 3)
+    text = in_short(paper)
+    assert f"<br>{with_interval(rte.difference, rte.low, rte.high)} |" in text and text.count("<br>") == 1
+    assert "at every seed" not in text
+
+
+def test_places_of_one_name(tmp_path):
+    "Two folders with the same last part are two encoders."
+    for checkpoint, accuracy in (("a/base", .9), ("b/base", .8)):
+        for seed in (1, 2, 3):
+            for method, worse in (("full", 0), ("lora", .1)):
+                run_folder(tmp_path, accuracy - worse, checkpoint=checkpoint, method=method, seed=seed)
+    paper = Paper("made_up", tmp_path)
+    assert list(paper.places.values()) == ["RTE (base) [a/base]", "RTE (base) [b/base]"]
+    assert map_figure(paper) and in_short(paper).count("[a/base]") >= 1
+
+
+def test_predictions_that_are_missing(tmp_path):
+    "The constant prediction is known from any run that has predictions, and what is not known is said."
+    for method, accuracy in (("full", .9), ("lora", .8)):
+        for seed in (1, 2, 3): run_folder(tmp_path, accuracy, method=method, seed=seed)
+    first, *rest = reported(load_runs("made_up", tmp_path)).run_id
+    def constant(paper): return floors(paper.table, paper.examples).constant.iloc[0]
+    before = constant(Paper("made_up", tmp_path))
+    shutil.rmtree(tmp_path/"made_up/runs"/first/"predictions")
+    paper = Paper("made_up", tmp_path)
+    assert constant(paper) == before > 0
+    assert "1 of 6 reported runs has no predictions here: intervals" in status_text(paper)
+    for run_id in rest: shutil.rmtree(tmp_path/"made_up/runs"/run_id/"predictions")
+    assert "nothing is said about chance levels" in scores_text(Paper("made_up", tmp_path))
+
+
+def test_a_cell_of_two_studies(tmp_path):
+    "A cell that the study shares with `methods` is the study's own."
+    for seed in (1, 2, 3):
+        def run(accuracy, **settings): run_folder(tmp_path, accuracy, train_pooler=True, seed=seed, **settings)
+        run(.9, method="full")
+        run(.8, method="bitfit", lr=1e-3)
+        for method, accuracy in (("bitfit", .6), ("ia3", .7)): run(accuracy, study="methods", method=method, lr=2e-3)
+    paper = Paper("made_up", tmp_path)
+    assert set(other_methods(paper).label) == {"ia3"}
+    bitfit = paper.cells[paper.cells.label == "bitfit"].iloc[0]
+    assert bitfit.score > .7 and f"| BitFit | {bitfit.parameters:,} | {percent(bitfit.score)}" in in_short(paper)
+
+
+def test_runs_that_cannot_be_read(tmp_path):
+    "A folder without seed, and one whose method is not here: the report is of the others, and has no command of it."
+    for seed in (0, 1): run_folder(tmp_path, .8, .8, method="lora", seed=seed, tune_share=.1)
+    final_seeds(tmp_path, [1])
+    broken = run_folder(tmp_path, .8, .8, method="full", tune_share=.1)
+    for name in ("config.json", "result.json"): (broken/name).write_text("{}")
+    paper = Paper("made_up", tmp_path)
+    assert "with seed 0 (2 runs)" in protocol_text(paper)
+    (tmp_path/"pages").mkdir()
+    paper.trace.cell("tbl-runs", broken.name, "80.0", paper.runs.assign(run_id=broken.name))
+    save_trace(paper.trace, tmp_path/"pages", tmp_path)
+    [run] = json.loads((tmp_path/"pages/trace.json").read_text())["tbl-runs"][broken.name]["runs"]
+    assert run["command"] is None
+
+
 def test_no_task_is_learned(tmp_path):
     "Then there is nothing to leave out."
     for method, accuracy in (("full", .4), ("lora", .3)):
         for seed in (1, 2, 3): run_folder(tmp_path, accuracy, method=method, seed=seed)
     paper = Paper("made_up", tmp_path)
-    assert paper.idle == [] and "for any method on RTE" in in_short(paper) and len(against(paper)) == 1
+    assert paper.idle == [] and "no method has learned on RTE" in in_short(paper) and len(against(paper)) == 1
 
 
 def test_nothing_to_compare_with(tmp_path):
