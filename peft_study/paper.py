@@ -7,15 +7,15 @@ __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates',
            'within', 'with_interval', 'points_from', 'capital', 'Paper', 'against', 'tally', 'decided',
            'encoder_config', 'common_parameters', 'learning_parts', 'abstract', 'code_address', 'origin', 'about_full',
            'about_probe', 'layer_figure', 'methods_table', 'data_text', 'data_table', 'setup_table', 'common_settings',
-           'setup_text', 'protocol_text', 'status_text', 'scores_text', 'told_apart', 'after_holm', 'comparison_text',
-           'parameters_table', 'parameters_text', 'difference_to_full', 'enough', 'in_order_of', 'flattery', 'edges',
-           'is_edge', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text', 'cost_is_drawn', 'chosen_runs',
-           'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict', 'official_verdict',
-           'init_text', 'official_text', 'with_others', 'other_methods', 'others_figure', 'others_table',
-           'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text', 'published_table',
-           'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure', 'cost_figure',
-           'curves_figure', 'about_encoder', 'about_phrases', 'about_budget', 'about_choice', 'limits', 'not_part',
-           'conclusion', 'short_table', 'in_short', 'reproduce_text', 'environment_table', 'runs_table']
+           'setup_text', 'protocol_text', 'status_text', 'not_run', 'scores_text', 'told_apart', 'after_holm',
+           'comparison_text', 'parameters_table', 'parameters_text', 'difference_to_full', 'enough', 'in_order_of',
+           'flattery', 'edges', 'is_edge', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text', 'cost_is_drawn',
+           'chosen_runs', 'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict',
+           'official_verdict', 'init_text', 'official_text', 'with_others', 'other_methods', 'others_figure',
+           'others_table', 'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text',
+           'published_table', 'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure',
+           'cost_figure', 'curves_figure', 'about_encoder', 'about_phrases', 'about_budget', 'about_choice', 'limits',
+           'not_part', 'conclusion', 'short_table', 'in_short', 'reproduce_text', 'environment_table', 'runs_table']
 
 # %% ../nbs/24_paper.ipynb #d326cd8d
 import math, re, subprocess
@@ -23,7 +23,7 @@ from functools import cache, cached_property
 from pathlib import Path
 import pandas as pd
 from .cards import command_of
-from .config import RunConfig
+from .config import RunConfig, read_study
 from .data import minilm_folder
 from .demo import MAKERS
 from .demo import SIZES as DEMO_SIZES
@@ -535,7 +535,34 @@ def _unequal_text(title, few, many) -> str:
 def status_text(paper:Paper) -> str:
     "What is not finished, failed, or left out."
     return sentences(_without_result(paper), _lacking_seeds(paper), _waiting(paper), _former(paper), _other_code(paper),
-                     _without_predictions(paper))
+                     _without_predictions(paper), _not_run_text(paper))
+
+def not_run(study:str, table) -> str:
+    "What is declared of a study and has no finished run, in words; empty where all has, or nothing is declared."
+    try: declared = read_study(study).configs
+    except BadInput: return ""
+    finished, several = done(table), len({c.checkpoint for c in declared}) > 1
+    there = set(zip(finished.task_name, finished.checkpoint, finished.label, finished["size"]))
+    cells, missing = {}, {}
+    for c in declared:
+        title = get_task(c.task_name).title + (f" with {shown_encoder(c.checkpoint)}" if several else "")
+        cell = c.method.label, c.method.size
+        cells.setdefault(title, {})[cell] = (c.task_name, c.checkpoint, *cell) in there
+    for title, has in cells.items():
+        left = [cell for cell in has if not has[cell]]
+        which = "everything" if len(left) == len(has) else _with_sizes(left)
+        if left: missing.setdefault(which, []).append(title)
+    return "; ".join(f"{which} on {listed(titles)}" for which, titles in missing.items())
+
+def _with_sizes(cells) -> str: # (label, size)
+    sizes = {}
+    for label, size in cells: sizes.setdefault(label, []).append(size)
+    def named(label, of): return in_words(label) + ("" if of == ["all"] else f" with {listed(map(shown_size, of))}")
+    return listed(named(*item) for item in sizes.items())
+
+def _not_run_text(paper:Paper) -> str:
+    left = not_run(paper.study, paper.table)
+    return f"Declared and not run yet: {left}." if left else ""
 
 def _without_predictions(paper:Paper) -> str:
     n = sum(found is None for found in paper.examples.of(paper.runs))
@@ -1342,6 +1369,15 @@ def _limits_in_short(paper:Paper) -> str:
     encoder = about_encoder(paper).replace(" [@wang2020minilm]", "")
     return sentences(encoder, about_budget(paper), about_choice(paper), _cut_text(paper), about_phrases(paper))
 
+def _left_to_run(paper:Paper) -> str:
+    "What is declared and not run, of this study and of those that it is shown with."
+    beside = [name for name in PAIRED if len(paired_runs(paper, name)) and name != paper.study]
+    if len(other_methods(paper)) and paper.study != "methods": beside = ["methods", *beside]
+    left = {paper.study: not_run(paper.study, paper.table)}
+    left |= {name: not_run(name, load_runs(name, paper.outputs)) for name in beside}
+    where = "; ".join(f"of `{name}`, {what}" for name, what in left.items() if what)
+    return f"{capital(where)}. `peft-study study` goes on from the records." if where else ""
+
 def _runs_in_words(runs) -> str: # finished ones
     "How many, of how many epochs, and in how many hours."
     epochs, text = set(runs.n_epochs), plural(len(runs), "run")
@@ -1366,6 +1402,7 @@ def in_short(paper:Paper) -> str:
     if text := init_verdict(paper): answers.append(f"- **Must adapters start near the identity?** {text}")
     if text := official_verdict(paper): answers.append(f"- **As the official implementations?** {text}")
     if limit := _limits_in_short(paper): answers.append(f"- **Limits.** {limit}")
+    if left := _left_to_run(paper): answers.append(f"- **Declared, and not run yet?** {left}")
     table = short_table(paper)
     return "\n\n".join([sentences(f"{what}.", others), "\n".join(answers), _about_table(paper, table), table])
 

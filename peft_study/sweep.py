@@ -206,7 +206,8 @@ class Local:
         for config in configs: self.running[config] = process, device
 
     def ended(self) -> list[tuple[RunConfig, int]]: # with their exit codes
-        over = [(c, p.exitcode) for c, (p, _) in self.running.items() if p.exitcode is not None]
+        codes = {p: p.exitcode for p, _ in self.running.values()}   # asked once, as a process may end meanwhile
+        over = [(c, codes[p]) for c, (p, _) in self.running.items() if codes[p] is not None]
         self.free += dict(self.running.pop(config) for config, _ in over).values()   # once a process
         return over
 
