@@ -14,8 +14,9 @@ __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates',
            'official_verdict', 'init_text', 'official_text', 'with_others', 'other_methods', 'others_figure',
            'others_table', 'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text',
            'published_table', 'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure',
-           'cost_figure', 'curves_figure', 'about_encoder', 'about_phrases', 'about_budget', 'about_choice', 'limits',
-           'not_part', 'conclusion', 'short_table', 'in_short', 'reproduce_text', 'environment_table', 'runs_table']
+           'cost_figure', 'curves_figure', 'about_encoder', 'untrained', 'about_phrases', 'about_budget',
+           'about_choice', 'limits', 'not_part', 'conclusion', 'short_table', 'in_short', 'reproduce_text',
+           'environment_table', 'runs_table']
 
 # %% ../nbs/24_paper.ipynb #d326cd8d
 import math, re, subprocess
@@ -1151,7 +1152,23 @@ def about_encoder(paper:Paper) -> str:
     return ("MiniLM [@wang2020minilm] has 6 layers and 22.7 million parameters. The checkpoint is all-MiniLM-L6-v2, "
             "which was further trained to give similar sentences similar embeddings, on data that includes SNLI, "
             "MultiNLI and QQP: similarity and paraphrase (STS-B, MRPC) are close to what it was trained for. Its "
-            "pooler was not part of that training.")
+            "pooler was not part of that training." + _untrained_text(paper))
+
+def untrained(paper:Paper) -> dict: # place → score
+    "Of the cosine of mean-pooled embeddings of the checkpoint as it comes, on dev, where it was measured."
+    known = published("untrained.csv").set_index(["checkpoint", "task_name"])[["pearson", "spearman"]].mean(axis=1)
+    runs = paper.runs[paper.runs.data != "demo"].drop_duplicates(PLACE)
+    return {tuple(run[PLACE]): known[run.checkpoint, run.task_name] for _, run in runs.iterrows()
+            if (run.checkpoint, run.task_name) in known}
+
+def _untrained_text(paper:Paper) -> str:
+    text = ""
+    for place, cosine in untrained(paper).items():
+        above = at_place(paper.cells, place).low > cosine
+        title, no_method = paper.places[place], "" if above.any() else ", which no method exceeds by its interval"
+        text += (f" With nothing trained, the cosine of its mean-pooled embeddings scores {percent(cosine)} on {title}"
+                 f"{no_method}: methods recover there what the checkpoint can do.")
+    return text
 
 def about_phrases(paper:Paper) -> str:
     "What is held back of SST-2 is unlike its dev set."
@@ -1339,10 +1356,13 @@ def short_table(paper:Paper) -> str:
         edge = _edge_mark(both, means[(means[CELL] == [o[c] for c in CELL]).all(axis=1)])
         row = cells.setdefault((o["label"], o["size"]), dict(parameters=o["parameters"]))
         row[place] = f"{percent(o['score'])}{o['half']}{edge}<br>{with_interval(o['difference'], o['low'], o['high'])}"
-    constants = floors(paper.table, paper.examples)
-    first = ["a constant prediction", ""]
-    first += [percent(at_place(constants, place).constant.iloc[0]) for place in paper.places]
-    rows, rank = [first], methods_in(pd.DataFrame(list(cells), columns=["label", "size"])).index
+    constants, cosine = floors(paper.table, paper.examples), untrained(paper)
+    rows = [["a constant prediction", ""]]
+    rows[0] += [percent(at_place(constants, place).constant.iloc[0]) for place in paper.places]
+    if cosine:
+        scores = [percent(cosine[place]) if place in cosine else "—" for place in paper.places]
+        rows.append(["cosine of the checkpoint's embeddings", "0", *scores])
+    rank = methods_in(pd.DataFrame(list(cells), columns=["label", "size"])).index
     for (label, size), row in sorted(cells.items(), key=lambda cell: rank(cell[0][0])):
         scores = [row.get(place, "—") for place in paper.places]
         rows.append([capital(with_size(label, size)), f"{row['parameters']:,}", *scores])

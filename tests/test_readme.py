@@ -48,6 +48,31 @@ def mean_and_spread(scores) -> str:
     return f"{number(scores.mean(), 'z.2f')} ± {number(scores.std(), 'z.2f')}"
 
 
+def test_untrained(glue):
+    "What the checkpoint scores before any training, as recorded."
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    from peft_study.data import minilm_folder, read_split
+    from peft_study.glue import METRICS, get_task
+    folder, pairs = minilm_folder(), list(read_split(get_task("stsb"), "dev", glue))
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def embed(sentences): # (sentences, width), of unit length
+        tokens = tokenizer(sentences, padding=True, truncation=True, max_length=128, return_tensors="pt")
+        mask = tokens["attention_mask"][..., None]
+        mean = (model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
+        return torch.nn.functional.normalize(mean, dim=1)
+
+    def cosines(some): return (embed([e.a for e in some]) * embed([e.b for e in some])).sum(1)
+    cosine = torch.cat([cosines(pairs[i:i + 64]) for i in range(0, len(pairs), 64)]).numpy()
+    row = pd.read_csv(REPO/"reports/published/untrained.csv").set_index("task_name").loc["stsb"]
+    assert (row.checkpoint, row.examples) == ("minilm", len(pairs))
+    labels = [e.label for e in pairs]
+    for metric in ("pearson", "spearman"):
+        assert METRICS[metric](cosine, labels) == pytest.approx(row[metric], abs=1e-3)
+
+
 def test_demo_table():
     runs = pd.read_csv(REPO/"reports/records/demo/results.csv")
     names = dict(lora="LoRA r = {}", adapter="adapters m = {}", full="full fine-tuning",
