@@ -539,10 +539,10 @@ def status_text(paper:Paper) -> str:
                      _without_predictions(paper), _not_run_text(paper))
 
 def not_run(study:str, table) -> str:
-    "What is declared of a study and has no finished run, in words; empty where all has, or nothing is declared."
+    "What is declared of a study and is not reported yet, in words; empty where all is, or nothing is declared."
     try: declared = read_study(study).configs
     except BadInput: return ""
-    finished, several = done(table), len({c.checkpoint for c in declared}) > 1
+    finished, several = reported(table), len({c.checkpoint for c in declared}) > 1
     there = set(zip(finished.task_name, finished.checkpoint, finished.label, finished["size"]))
     cells, missing = {}, {}
     for c in declared:
@@ -563,7 +563,7 @@ def _with_sizes(cells) -> str: # (label, size)
 
 def _not_run_text(paper:Paper) -> str:
     left = not_run(paper.study, paper.table)
-    return f"Declared and not run yet: {left}." if left else ""
+    return f"Declared and not finished yet: {left}." if left else ""
 
 def _without_predictions(paper:Paper) -> str:
     n = sum(found is None for found in paper.examples.of(paper.runs))
@@ -1396,7 +1396,7 @@ def _left_to_run(paper:Paper) -> str:
     left = {paper.study: not_run(paper.study, paper.table)}
     left |= {name: not_run(name, load_runs(name, paper.outputs)) for name in beside}
     where = "; ".join(f"of `{name}`, {what}" for name, what in left.items() if what)
-    return f"{capital(where)}. `peft-study study` goes on from the records." if where else ""
+    return f"Declared are also, {where}. `peft-study study` goes on from the records." if where else ""
 
 def _runs_in_words(runs) -> str: # finished ones
     "How many, of how many epochs, and in how many hours."
@@ -1422,7 +1422,7 @@ def in_short(paper:Paper) -> str:
     if text := init_verdict(paper): answers.append(f"- **Must adapters start near the identity?** {text}")
     if text := official_verdict(paper): answers.append(f"- **As the official implementations?** {text}")
     if limit := _limits_in_short(paper): answers.append(f"- **Limits.** {limit}")
-    if left := _left_to_run(paper): answers.append(f"- **Declared, and not run yet?** {left}")
+    if left := _left_to_run(paper): answers.append(f"- **Not finished yet?** {left}")
     table = short_table(paper)
     return "\n\n".join([sentences(f"{what}.", others), "\n".join(answers), _about_table(paper, table), table])
 
