@@ -1366,7 +1366,7 @@ def short_table(paper:Paper) -> str:
     for (label, size), row in sorted(cells.items(), key=lambda cell: rank(cell[0][0])):
         scores = [row.get(place, "—") for place in paper.places]
         rows.append([capital(with_size(label, size)), f"{row['parameters']:,}", *scores])
-    titles = [f"{title} ({as_it_is(shown_metrics(place[0]))})" for place, title in paper.places.items()]
+    titles = [f"{title} ({shown_metrics(place[0])})" for place, title in paper.places.items()]
     return markdown_table(["", "trainable parameters", *titles], rows)
 
 def _edge_mark(table, cell) -> str: return "†" if is_edge(table, cell) else ""
@@ -1396,7 +1396,7 @@ def _left_to_run(paper:Paper) -> str:
     left = {paper.study: not_run(paper.study, paper.table)}
     left |= {name: not_run(name, load_runs(name, paper.outputs)) for name in beside}
     where = "; ".join(f"of `{name}`, {what}" for name, what in left.items() if what)
-    return f"Declared are also, {where}. `peft-study study` goes on from the records." if where else ""
+    return f"Also declared: {where}. `peft-study study` goes on from the records." if where else ""
 
 def _runs_in_words(runs) -> str: # finished ones
     "How many, of how many epochs, and in how many hours."
