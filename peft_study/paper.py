@@ -155,6 +155,9 @@ class Paper:
         "Without those of `idle` places, which no mean difference and no statement about sizes takes into account."
         return rows.loc[[tuple(place) not in self.idle for place in rows[PLACE].values]]
 
+    @property
+    def telling_places(self) -> list[tuple]: return [place for place in self.places if place not in self.idle]
+
     @cached_property
     def usual(self): return usual_claims(self.table)
 
@@ -1022,8 +1025,8 @@ def others_figure(paper:Paper):
 
 def others_table(paper:Paper) -> str: return against_table(with_others(paper), other_methods(paper), paper.trace)
 
-def others_verdict(paper:Paper) -> str:
-    "How the other methods compare; empty where there is nothing to compare."
+def others_verdict(paper:Paper, in_numbers:bool=True) -> str:
+    "How the other methods compare, to full fine-tuning `in_numbers` or by name; empty where there is nothing."
     found = paper.telling(other_methods(paper))
     if found.empty: return ""
     sides = [(rows.iloc[0], _tally_of_other(paper, rows), _titles_of(paper, rows))
@@ -1034,7 +1037,8 @@ def others_verdict(paper:Paper) -> str:
     left = [_pair_name(first, ratio=False) for (first, *_), p in zip(sides, p_holm) if p < .05]
     known = f"{capital(after_holm(left, len(sides)))}." if not any(p != p for p in p_holm) else ""
     basic = "the basic form of the same size or the nearest number of parameters (pooler and head apart)"
-    return sentences(_sides_text(to_full, "full fine-tuning"), _sides_text(to_basic, basic), known,
+    of_full = _sides_text if in_numbers else _sides_by_name
+    return sentences(of_full(to_full, "full fine-tuning"), _sides_text(to_basic, basic), known,
                      _houlsby_text(to_basic), _others_learned(paper))
 
 def _titles_of(paper:Paper, rows) -> str:
@@ -1055,6 +1059,15 @@ def _sides_text(sides:list[tuple], other:str) -> str: # sides: (a comparison, th
     mean = " on average" if any(row["n"] > 1 for _, row, _ in sides) else ""
     groups = [f"on {titles}, {', '.join(each)}." for titles, each in by_tasks.items()]
     return sentences(f"Against {other}, in points{mean}: {groups[0]}", *map(capital, groups[1:]))
+
+def _sides_by_name(sides:list[tuple], other:str) -> str:
+    "Which are better and worse by the interval of the mean."
+    by_tasks = {}
+    for first, row, titles in sides:
+        side = "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "not told apart"
+        by_tasks.setdefault(titles, {}).setdefault(side, []).append(_pair_name(first))
+    def said(told): return "; ".join(f"{side}: {listed(names)}" for side, names in told.items())
+    return sentences(*(f"Against {other} on {titles}, {said(told)}." for titles, told in by_tasks.items()))
 
 def _pair_name(row, ratio:bool=True) -> str: # of `other_methods`
     "The method; of a variant also the other's size, where it differs, and the `ratio` of parameters."
@@ -1216,8 +1229,8 @@ def limits(paper:Paper) -> str:
         (about_phrases(paper), about_phrases(paper)),
         (about_budget(paper), about_budget(paper)),
         (about_choice(paper), about_choice(paper)),
-        (unequal, "Methods had different numbers of configurations, sizes included, to choose from" +
-         ("." if paper.tuned else ", and the best was chosen on the dev set that is reported.")),
+        (unequal and not paper.tuned, "The best of different numbers of configurations was chosen on the dev set that "
+                                      "is reported."),
         (not paper.tuned and not unequal and paper.best.tried.max() > 1,
          "The best of several configurations was chosen on the dev set that is reported."),
         (paper.runs.n_epochs.nunique() > 1, "Budgets are unequal: the number of epochs differs between methods or "
@@ -1337,9 +1350,9 @@ def _against_full(paper:Paper, cell) -> str:
 
 def short_table(paper:Paper) -> str:
     """Markdown: a row a method and size, those of `other_methods` as well; a task has its score ± half of its interval,
-    and below it the difference to full. Bold is the chosen one of several sizes; † is at the edge of the learning
-    rates."""
-    cells, chosen = {}, set(paper.best.configuration)
+    and below it the difference to full, whose mean has a column. Bold is the chosen one of several sizes; † is at the
+    edge of the learning rates."""
+    cells, chosen, runs = {}, set(paper.best.configuration), {}
     for place in paper.places:
         here = at_place(paper.cells, place)
         for i in range(len(here)):
@@ -1347,27 +1360,42 @@ def short_table(paper:Paper) -> str:
             score = f"{percent(c.score)}{half_width(c.low, c.high)}{_edge_mark(paper.table, cell)}"
             if (here.label == c.label).sum() > 1 and c.configuration in chosen: score = f"**{score}**"
             row = cells.setdefault((c.label, c["size"]), dict(parameters=c.parameters))
+            runs.setdefault((c.label, c["size"]), []).append(runs_of(paper.table, cell))
             difference = _against_full(paper, cell)
             row[place] = f"{score}<br>{difference}" if difference else score
     others, both = other_methods(paper), with_others(paper)
     means = cell_means(both)
     for o in others[others.against == "full"].to_dict("records"):
         place = tuple(o[p] for p in PLACE)
-        edge = _edge_mark(both, means[(means[CELL] == [o[c] for c in CELL]).all(axis=1)])
+        cell = means[(means[CELL] == [o[c] for c in CELL]).all(axis=1)]
+        edge = _edge_mark(both, cell)
+        runs.setdefault((o["label"], o["size"]), []).append(runs_of(both, cell))
         row = cells.setdefault((o["label"], o["size"]), dict(parameters=o["parameters"]))
         row[place] = f"{percent(o['score'])}{o['half']}{edge}<br>{with_interval(o['difference'], o['low'], o['high'])}"
+    mean = {which: _mean_to_full(paper, pd.concat(each)) for which, each in runs.items()}
+    several = any(mean.values())   # else there is no column of means
     constants, cosine = floors(paper.table, paper.examples), untrained(paper)
-    rows = [["a constant prediction", ""]]
-    rows[0] += [percent(at_place(constants, place).constant.iloc[0]) for place in paper.places]
-    if cosine:
-        scores = [percent(cosine[place]) if place in cosine else "—" for place in paper.places]
-        rows.append(["cosine of the checkpoint's embeddings", "0", *scores])
+    scores = [percent(at_place(constants, place).constant.iloc[0]) for place in paper.places]
+    rows = [["a constant prediction", "", *[""] * several, *scores]]
+    scores = [percent(cosine[place]) if place in cosine else "—" for place in paper.places]
+    if cosine: rows.append(["cosine of the checkpoint's embeddings", "0", *[""] * several, *scores])
     rank = methods_in(pd.DataFrame(list(cells), columns=["label", "size"])).index
     for (label, size), row in sorted(cells.items(), key=lambda cell: rank(cell[0][0])):
         scores = [row.get(place, "—") for place in paper.places]
-        rows.append([capital(with_size(label, size)), f"{row['parameters']:,}", *scores])
-    titles = [f"{title} ({shown_metrics(place[0])})" for place, title in paper.places.items()]
-    return markdown_table(["", "trainable parameters", *titles], rows)
+        name = [capital(with_size(label, size)), f"{row['parameters']:,}"]
+        rows.append([*name, *[mean[label, size]] * several, *scores])
+    header = ["", "trainable parameters", *[f"mean difference, {len(paper.telling_places)} tasks"] * several]
+    header += [f"{title} ({shown_metrics(place[0])})" for place, title in paper.places.items()]
+    return markdown_table(header, rows)
+
+def _mean_to_full(paper:Paper, runs) -> str: # of one method and size
+    "The mean difference to full over the tasks that are learned; empty where it lacks one of several."
+    full, here = paper.telling(paper.runs[paper.runs.label == "full"]), paper.telling(runs)
+    places = paper.telling_places
+    if len(places) < 2 or here.label.eq("full").any(): return ""
+    if any(at_place(side, place).empty for side in (here, full) for place in places): return ""
+    found = paired(here, full, paper.examples)
+    return with_interval(found["difference"], found["low"], found["high"]) if found["n"] else ""
 
 def _edge_mark(table, cell) -> str: return "†" if is_edge(table, cell) else ""
 
@@ -1376,6 +1404,8 @@ def _about_table(paper:Paper, table:str) -> str:
     scores = "Scores are in percent, of several metrics their mean"
     intervals = "; intervals (95%) are over seeds and dev examples" if paper.seeds >= 3 else ""
     below = "Below each score is its difference to full fine-tuning, in points." if len(paper.comparisons) else ""
+    tasks = listed(map(paper.places.get, paper.telling_places))
+    if "mean difference" in table: below += f" Their mean is over {tasks}."
     bold = "Bold is the one of several sizes that is chosen." if "**" in table else ""
     edge = ("† is a score at the lowest or the highest learning rate that was tried, so that another might be "
             "better.") if "†" in table else ""
@@ -1417,7 +1447,7 @@ def in_short(paper:Paper) -> str:
                f"- **How close?** {sentences(_how_close(paper), told_apart(paper))}",
                f"- **How many parameters?** {_how_many(paper)}"]
     if has_costs(paper): answers.append(f"- **At what cost?** {_at_what_cost(paper)}")
-    if text := others_verdict(paper): answers.append(f"- **Other methods?** {text}")
+    if text := others_verdict(paper, in_numbers=False): answers.append(f"- **Other methods?** {text}")
     if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {flattery(paper)}")
     if text := init_verdict(paper): answers.append(f"- **Must adapters start near the identity?** {text}")
     if text := official_verdict(paper): answers.append(f"- **As the official implementations?** {text}")

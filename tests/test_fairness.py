@@ -294,7 +294,7 @@ def test_tasks_may_differ_in_their_budget(tmp_path):
         for rate in rates: run_folder(tmp_path, .8, task_name=task, method=method, lr=rate, tune_share=.1)
     def said_of_budgets():
         paper = Paper("made_up", tmp_path)
-        return protocol_text(paper).rsplit(". ", 1)[1], "different numbers of configurations" in limits(paper)
+        return protocol_text(paper).rsplit(". ", 1)[1], "configurations, sizes included, and" in limits(paper)
     for method in ("full", "lora"): tried("rte", method, 1e-3, 2e-3)
     assert said_of_budgets() == ("Each cell tries 2 configurations.", False)
     for method in ("full", "lora"): tried("mrpc", method, 1e-3)
