@@ -1193,7 +1193,7 @@ def about_phrases(paper:Paper) -> str:
 def about_budget(paper:Paper) -> str:
     "Whether more epochs might have changed something."
     runs = paper.telling(paper.runs[paper.runs.label != "head"])
-    if "dev_best_epoch" not in runs or paper.runs.n_epochs.nunique() > 1 or paper.synthetic: return ""
+    if runs.empty or "dev_best_epoch" not in runs or paper.runs.n_epochs.nunique() > 1 or paper.synthetic: return ""
     last = int((runs.dev_best_epoch == runs.n_epochs).sum())
     if 2 * last < len(runs): return ""
     learned = " on tasks that are learned" if paper.idle else ""

@@ -281,6 +281,16 @@ def test_no_task_is_learned(tmp_path):
     assert paper.idle == [] and "no method has learned on RTE" in in_short(paper) and len(against(paper)) == 1
 
 
+@pytest.mark.parametrize("method, name", [("head", "The linear probe"), ("full", "Full fine-tuning")])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_one_method_alone(tmp_path, method, name, seeds):
+    "A study of nothing but the probe, or full fine-tuning, has a paper as well, which misses nothing that cannot be."
+    for seed in range(seeds): run_folder(tmp_path, .8, method=method, seed=seed)
+    paper = Paper("made_up", tmp_path)
+    assert limits(paper) and f"| {name} | " in in_short(paper)
+    assert "is not known without" not in conclusion(paper)
+
+
 def test_nothing_to_compare_with(tmp_path):
     "A study of one method has no comparison, and its paper has sentences all the same."
     for seed in (1, 2, 3): run_folder(tmp_path, .8, method="lora", seed=seed)
