@@ -1175,12 +1175,13 @@ def untrained(paper:Paper) -> dict: # place → score
             if (run.checkpoint, run.task_name) in known}
 
 def _untrained_text(paper:Paper) -> str:
-    text = ""
+    text, others = "", with_others(paper)
+    cells = [paper.cells] + ([cell_means(others, paper.examples)] if len(others) else [])
     for place, cosine in untrained(paper).items():
-        above = at_place(paper.cells, place).low > cosine
+        above = at_place(pd.concat(cells), place).low > cosine
         title, no_method = paper.places[place], "" if above.any() else ", which no method exceeds by its interval"
         text += (f" With nothing trained, the cosine of its mean-pooled embeddings scores {percent(cosine)} on {title}"
-                 f"{no_method}: methods recover there what the checkpoint can do.")
+                 f"{no_method}.")
     return text
 
 def about_phrases(paper:Paper) -> str:
