@@ -16,7 +16,7 @@ from typing import Literal
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from .data import data_fingerprint, file_hash
-from .files import import_object, own_source, read_ini, reason, settings_file
+from .files import import_object, own_source, read_ini, reason, settings_files
 from .glue import BadInput, TASKS, get_task
 from .methods.core import Method, find_method, one_line
 
@@ -192,6 +192,8 @@ def words(name:str, text:str) -> list[str]:
     if name in ("data", "checkpoint") and text and Path(text).is_dir(): return [text]
     values = []
     for word in re.findall(r"""\"[^"]*"(?!\S)|'[^']*'(?!\S)|\S+""", text):
+        if word[0] in "#;":
+            raise BadInput(f"{name} has a comment behind its value, {word!r}: comments stand on lines of their own")
         quote = word[0] if word[0] in "\"'" else ""
         if quote and (len(word) < 2 or word[-1] != quote):
             raise BadInput(f"{name}: {word!r} begins with a quote that is not closed")
@@ -250,28 +252,35 @@ def _settings_of(ini:ConfigParser, name:str, overrides:dict, file:str): # → (s
 # %% ../nbs/05_config.ipynb #8e72854a
 def _final_seeds(text:str|None, tuning) -> tuple[int, ...]:
     "The seeds in `text`; `BadInput` for one that is no seed, or that has tuned."
-    words = (text or "none").split()
-    if words == ["none"]: return ()
-    for word in words:
+    given = words("final_seeds", text or "none")
+    if given == ["none"]: return ()
+    for word in given:
         if not re.fullmatch(r"[0-9]{1,9}", word):
             raise BadInput(f"final_seeds must be whole numbers from 0 on, got {word!r}")
-    seeds = tuple(dict.fromkeys(map(int, words)))
+    seeds = tuple(dict.fromkeys(map(int, given)))
     if both := sorted(set(seeds) & set(tuning)):
         raise BadInput(f"final_seeds must be other seeds than those that tune: {both[0]} is in seed")
     return seeds
 
 # %% ../nbs/05_config.ipynb #e6791748
+def _declaring(name:str, files:list[Path]) -> tuple[Path, ConfigParser]:
+    "The first of some settings files that has a study of this name; `BadInput` names those there are."
+    known = []
+    for file in files:
+        ini = read_ini(file)
+        names = sorted({s.split(".")[0] for s in ini.sections()} - {"task"})   # [task.NAME] is a task
+        if name in names: return file, ini
+        known += names
+    raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(dict.fromkeys(known)) or 'none'}")
+
 def read_study(name:str,           # a section of the file
-               file=None,          # default: `settings_file()`
+               file=None,          # default: of `settings_files()` the first that has it
                overrides:dict={},  # setting → text, in the same grammar, for all sections that know it
                methods=(),         # only these
                auto:str|None=None  # what `precision = auto` means; default: what suits this machine
               ) -> Study:
     "The runs that `[name]` and `[name.METHOD]` declare; what is wrong is `BadInput` naming section and setting."
-    file = Path(file or settings_file())
-    ini = read_ini(file)
-    names = sorted({s.split(".")[0] for s in ini.sections()} - {"task"})   # [task.NAME] is a task
-    if name not in names: raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(names) or 'none'}")
+    file, ini = _declaring(name, [Path(file)] if file else settings_files())
     configs, there, decided = [], [], False
     for section, settings in _settings_of(ini, name, overrides, file.name):
         there.append(settings["method"])

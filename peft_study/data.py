@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from .files import read_text, reason
-from .glue import TRAIN_ROWS, BadInput, Task, definition, splits
+from .glue import TRAIN_ROWS, BadInput, Task, composed, definition, splits
 from .demo import make_demo
 
 # %% ../nbs/03_data.ipynb #64cfaf34
@@ -50,6 +50,8 @@ def _label(task, word, where):
             raise BadInput(f"{where}: score {word!r} is not {kind}")
         return value
     if word in task.words: return task.words.index(word)
+    words = list(map(composed, task.words))
+    if composed(word) in words: return words.index(composed(word))
     hint = "" if task.of_glue else "; `words` of the task are those in its files"
     raise BadInput(f"{where}: unknown label {word!r}, expected one of {', '.join(task.words)}{hint}")
 
@@ -68,6 +70,7 @@ def _tsv_rows(file) -> list[list[str]]:
 
 # %% ../nbs/03_data.ipynb #ec1bfefd
 def _csv_rows(file) -> tuple[list[list[str]], list[int]]: # rows, and the line in which each ends
+    csv.field_size_limit(2**31 - 1)   # a text may be longer than the 131,072 characters that the module allows
     reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     rows, lines = [], []
     try:
@@ -110,7 +113,8 @@ def _parse_file(task:Task, split:str, folder): # an Example a row, or what is wr
     if not rows: raise BadInput(f"{name}: no examples")
     header = _take_header(task, split, rows)
     lines = lines[len(lines) - len(rows):]
-    wanted = [*task.tsv_columns, *([task.tsv_label] if info.labelled else [])]
+    header = list(map(composed, header))
+    wanted = [composed(c) for c in [*task.tsv_columns, *([task.tsv_label] if info.labelled else [])]]
     if missing := [c for c in wanted if c not in header]:
         raise BadInput(f"{name}: no column {missing[0]!r} in its header ({', '.join(header)[:200]})")
     if twice := [c for c in wanted if header.count(c) > 1]:
@@ -123,8 +127,8 @@ def _parse_file(task:Task, split:str, folder): # an Example a row, or what is wr
         where = f"{name} {'row' if file.suffix == '.parquet' else 'line'} {line}"
         try:
             if len(row) != len(header): raise BadInput(f"{where}: {len(row)} columns, expected {len(header)}")
-            if None in [row[c] for c in at]: raise BadInput(f"{where}: a value is missing")
-            a, b = (*(row[c].strip() for c in at[:n]), None)[:2]
+            a, b = (*((row[c] or "").strip() for c in at[:n]), None)[:2]   # Parquet's null, in a text, is an empty one
+            if None in [row[c] for c in at[n:]]: raise BadInput(f"{where}: its label is missing")
             label = _label(task, row[at[n]], where) if info.labelled else None
             yield Example(i if own_index is None else _index(row[own_index], where), a, b, label)
         except BadInput as e: yield e
@@ -172,7 +176,7 @@ def read_hub(task:Task, split:str) -> list[Example]:
     info = splits(task)[split]
     if task.of_glue: rows = _load_hub((task.hub[0], "ax") if split == "ax" else task.hub, info.hub)
     else: rows = _own_hub_rows(task, info)
-    texts = [rows[c] for c in task.columns]
+    texts = [["" if text is None else text for text in rows[c]] for c in task.columns]
     labels = rows[task.label] if info.labelled else [None] * len(rows)
     if info.labelled and not task.of_glue: labels = _hub_labels(task, rows, labels)
     b = texts[1] if len(texts) == 2 else [None] * len(rows)
@@ -186,6 +190,8 @@ def _own_hub_rows(task:Task, info):
         there = ", ".join(found)
         raise BadInput(f"{dataset} has no split {info.hub!r}: it has {there}; `dev` of a task names the one for dev")
     rows = found[info.hub]
+    its, named = {composed(c): c for c in rows.column_names}, (*task.columns, task.label)
+    rows = rows.rename_columns({its[composed(c)]: c for c in named if composed(c) in its})
     wanted = [*task.columns, *[task.label] * info.labelled]
     if missing := [c for c in wanted if c not in rows.column_names]:
         raise BadInput(f"{dataset} has no column {missing[0]!r}: it has {', '.join(rows.column_names)}")
@@ -194,11 +200,12 @@ def _own_hub_rows(task:Task, info):
 def _hub_labels(task:Task, rows, values) -> list:
     "The class of each row: by the name of its label where the dataset has names, else by the word."
     where, names = f"data 'hub': {' '.join(task.hub)}", getattr(rows.features[task.label], "names", None)
-    if names and set(names) != set(task.labels):
+    if names and {*map(composed, names)} != {*map(composed, task.labels)}:
         raise BadInput(f"{where} has the labels {', '.join(names)}, and the task {', '.join(task.labels)}")
     if not names: return [_label(task, str(v), f"{where} row {i}") for i, v in enumerate(values, 1)]
     if -1 in values: raise BadInput(f"{where} has rows without a label")
-    return [task.labels.index(names[v]) for v in values]
+    classes = {composed(label): i for i, label in enumerate(task.labels)}
+    return [classes[composed(names[v])] for v in values]
 
 # %% ../nbs/03_data.ipynb #92c42ff8
 def read_demo(task:Task, split:str) -> list[Example]:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['checkpoint_path', 'load_encoder_config', 'task_config', 'check_weights', 'check_tokenizer', 'check_precision',
-           'can_cache', 'positions_left', 'check_model', 'check_run', 'init_head', 'check_loaded', 'build_model']
+           'can_cache', 'positions_left', 'check_model', 'check_run', 'init_head', 'check_loaded', 'check_values',
+           'build_model']
 
 # %% ../nbs/06_model.ipynb #a9c84b97
 import re
@@ -22,6 +23,10 @@ def checkpoint_path(checkpoint:str) -> str:
     return minilm_folder() if checkpoint == "minilm" else checkpoint
 
 # %% ../nbs/06_model.ipynb #400b9a24
+# What another use may have left in a config.json: how it is computed and what is handed out, not what is computed.
+_AS_USUAL = dict(return_dict=True, output_attentions=False, output_hidden_states=False, chunk_size_feed_forward=0,
+                 _attn_implementation=None)   # transformers' choice for this machine
+
 def load_encoder_config(checkpoint:str, n_outputs:int=2):
     "The 🤗 configuration of a supported encoder; `BadInput` for what is unknown or cannot be reached."
     from transformers import AutoConfig
@@ -40,8 +45,8 @@ def load_encoder_config(checkpoint:str, n_outputs:int=2):
     for name, what in (("is_decoder", "a decoder"), ("quantization_config", "quantised")):
         if getattr(config, name, None):
             raise BadInput(f"checkpoint {checkpoint!r} is {what}, by {name} in its config.json")
-    outputs = dict(return_dict=True, output_attentions=False, output_hidden_states=False, chunk_size_feed_forward=0)
-    for name, value in outputs.items(): setattr(config, name, value)   # what is handed out, not what is computed
+    for name, value in _AS_USUAL.items(): setattr(config, name, value)
+    vars(config).pop("gradient_checkpointing", None)   # of transformers before 4.11, and still obeyed
     return config
 
 def task_config(config:RunConfig):
@@ -171,6 +176,11 @@ def check_loaded(checkpoint:str, encoder, found:dict # of transformers' loading
         print(f"{checkpoint} has no pooler: it starts from random values")
 
 # %% ../nbs/06_model.ipynb #893c3bc8
+def check_values(checkpoint:str, model):
+    "`BadInput` where a weight of the encoder is no finite number."
+    odd = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if odd: raise BadInput(f"checkpoint {checkpoint!r} has weights that are not finite (NaN): {_listed(odd)}")
+
 def build_model(config:RunConfig):
     "The pre-trained encoder with a fresh head and the run's method: frozen but for what learns, in fp32 on the CPU."
     import torch, transformers
@@ -187,6 +197,7 @@ def build_model(config:RunConfig):
         raise BadInput(f"checkpoint {config.checkpoint!r} cannot be loaded ({reason(e)})") from e
     check_loaded(config.checkpoint, encoder, found)
     init_head(model, config.seed)
+    check_values(config.checkpoint, model)
     model = apply_method(model, config.method, config.seed, config.train_pooler)
     model.run_config = config
     return model

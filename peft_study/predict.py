@@ -12,7 +12,7 @@ from .data import Tokens, eval_batches, load_tokenizer, read_split, tokenise
 from .glue import BadInput, Task, get_task, score, splits, to_word
 from .methods.core import load_adapter
 from .model import build_model
-from .runs import is_done, read_config, read_result
+from .runs import is_done, read_config, read_result, write_atomic
 from .speed import speed_up
 
 # %% ../nbs/10_predict.ipynb #e08cc4af
@@ -60,7 +60,7 @@ def write_predictions(file, task:Task, rows:Tokens, logits):
     columns["prediction"] = [to_word(task, p) for p in decide(task, logits)]
     lines = ["\t".join(columns), *("\t".join(map(str, row)) for row in zip(*columns.values()))]
     Path(file).parent.mkdir(exist_ok=True)
-    Path(file).write_text("\n".join(lines) + "\n")
+    write_atomic(file, "\n".join(lines) + "\n")
 
 # %% ../nbs/10_predict.ipynb #97e91973
 def load_run(folder # of a finished run

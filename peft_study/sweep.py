@@ -19,9 +19,9 @@ from .files import read_text, root, shortened
 from .glue import BadInput, get_task
 from .kernels import ForkedKernel, begin, execute_notebook, settle, warm_up
 from .records import adopt
-from .runs import (FolderLocked, cores, device_name, is_done, lock_folder, lock_owner,
+from .runs import (FolderLocked, device_name, is_done, lock_folder, lock_owner,
                              make_folder, nvidia_smi, read_config, read_metrics, read_record, read_result, run_folder,
-                             start_run, write_error, write_json)
+                             start_run, threads_each, write_error, write_json)
 
 # %% ../nbs/15_sweep.ipynb #eacceb90
 class RunFailed(Exception):
@@ -192,8 +192,7 @@ class Local:
     def __init__(self, outputs="outputs", jobs:int=1, minutes:float=10, stack:int=1):
         self.args, self.stack = (str(outputs), minutes), stack
         self.free, self.running = devices() * jobs, {}
-        self.env = dict(os.environ)
-        if len(self.free) > 1: self.env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // len(self.free))))
+        self.env = dict(os.environ) | threads_each(len(self.free))
         warm_up()
 
     @property

@@ -447,9 +447,10 @@ def launch(folder:Path, processes:int, show, micro_batches:int=1, minutes:float=
     env = own_environment() | dict(OMP_NUM_THREADS=str(threads), PYTHONSAFEPATH="1")
     if not torch.cuda.device_count(): env["ACCELERATE_USE_CPU"] = "true"
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher += ["--local-addr", "127.0.0.1"]   # not by the machine's name, which may not resolve
     arguments = [str(folder), str(os.getpid()), str(micro_batches), str(minutes)]
     command = [sys.executable, "-m", *launcher, "-m", "peft_study.train", *arguments]
-    with open(folder/"launch.log", "w") as out: child = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+    with open(folder/"launch.log", "wb") as out: child = subprocess.Popen(command, env=env, stdout=out, stderr=out)
     try:
         while child.poll() is None:
             time.sleep(.5)

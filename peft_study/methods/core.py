@@ -261,7 +261,7 @@ def save_adapter(model, method:Method,
     _write_json(folder/FACTS, dict(method=method.name, **method.model_dump(mode="json")) | facts)
     return (folder/WEIGHTS).stat().st_size
 
-def _write_json(file:Path, content:dict): file.write_text(json.dumps(content, indent=2) + "\n")
+def _write_json(file:Path, content:dict): file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 def _peft_common(model, state:dict, facts:dict) -> dict:
     "What stands in any method's adapter_config.json: the task, the encoder, and which of its own parts are saved."
