@@ -155,6 +155,7 @@ def run(ctx:typer.Context, settings, outputs:Outputs=Path("outputs"),
     from peft_study.config import RunConfig
     from peft_study.data import check_source
     from peft_study.kernels import warm_up
+    from peft_study.predict import complete_predictions
     from peft_study.runs import is_done, run_folder
     from peft_study.train import check_processes
     from peft_study.sweep import RunFailed, run_notebook
@@ -166,6 +167,7 @@ def run(ctx:typer.Context, settings, outputs:Outputs=Path("outputs"),
     folder = run_folder(config, outputs)
     if is_done(folder):
         console.print(f"{config.run_id} is finished already", highlight=False)
+        complete_predictions(folder)
         return report_run(folder, console)
     warm_up()   # which imports while the input is checked
     check(config)

@@ -273,6 +273,15 @@ def _declaring(name:str, files:list[Path]) -> tuple[Path, ConfigParser]:
         known += names
     raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(dict.fromkeys(known)) or 'none'}")
 
+def _from_there(settings:dict[str, str], folder:Path, overrides) -> dict[str, str]:
+    "A relative path in a settings file of another folder is relative to that folder, unless it leads somewhere here."
+    found = {}
+    for name in {"data", "checkpoint"} & settings.keys() - overrides.keys():
+        path = settings[name]
+        if path in ("hub", "demo", "minilm") or Path(path).exists() or not (folder/path).is_dir(): continue
+        found[name] = os.path.normpath(folder/path)
+    return settings | found
+
 def read_study(name:str,           # a section of the file
                file=None,          # default: of `settings_files()` the first that has it
                overrides:dict={},  # setting → text, in the same grammar, for all sections that know it
@@ -289,7 +298,7 @@ def read_study(name:str,           # a section of the file
         if "auto" in precisions:
             auto, decided = auto or best_precision(), True
             settings["precision"] = " ".join(auto if p == "auto" else p for p in precisions)
-        try: configs += [RunConfig(**point) for point in _grid(settings)]
+        try: configs += [RunConfig(**_from_there(point, file.parent, overrides)) for point in _grid(settings)]
         except BadInput as e: raise BadInput(f"{file.name} [{section}]: {e}") from None
     if odd := [m for m in methods if m not in there]:
         raise BadInput(f"study {name!r} has no method {odd[0]!r}: it has {', '.join(dict.fromkeys(there))}")

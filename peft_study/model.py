@@ -11,7 +11,7 @@ __all__ = ['checkpoint_path', 'load_encoder_config', 'task_config', 'check_weigh
 import re
 from pathlib import Path
 from .config import RunConfig, check_optimizer
-from .data import load_tokenizer, minilm_folder
+from .data import hub_reason, load_tokenizer, minilm_folder, watch_network
 from .encoders import families_where, get_family
 from .files import is_lfs_pointer, read_json, reason
 from .glue import BadInput, get_task
@@ -35,12 +35,13 @@ def load_encoder_config(checkpoint:str, n_outputs:int=2):
         raise BadInput(f"checkpoint {checkpoint!r} is an adapter of 🤗 peft: name the encoder that it was trained on")
     if own.is_file(): read_json(own)   # which says what is wrong with it
     load = AutoConfig.from_pretrained
+    watch_network()
     try: config = load(checkpoint_path(checkpoint), num_labels=n_outputs, trust_remote_code=False)
     except Exception as e:   # whatever a configuration's own checks raise
         if own.is_file():
             raise BadInput(f"checkpoint {checkpoint!r}: its config.json cannot be used ({reason(e)})") from e
-        raise BadInput(f"checkpoint {checkpoint!r} cannot be loaded: it is no folder with a config.json, and the "
-                       "🤗 Hub does not give it (no such id, or no network); 'minilm' needs neither") from e
+        raise BadInput(f"checkpoint {checkpoint!r} cannot be loaded: it is no folder with a config.json, and of the "
+                       f"🤗 Hub: {hub_reason(e)}; 'minilm' needs neither") from e
     get_family(config)
     for name, what in (("is_decoder", "a decoder"), ("quantization_config", "quantised")):
         if getattr(config, name, None):
@@ -194,7 +195,8 @@ def build_model(config:RunConfig):
             torch.manual_seed(config.seed)   # for what the checkpoint lacks beside the head, as a pooler
             model, found = load(checkpoint_path(config.checkpoint), **own)
     except Exception as e:   # whatever transformers makes of the folder's files
-        raise BadInput(f"checkpoint {config.checkpoint!r} cannot be loaded ({reason(e)})") from e
+        why = reason(e) if Path(checkpoint_path(config.checkpoint)).is_dir() else hub_reason(e)
+        raise BadInput(f"checkpoint {config.checkpoint!r} cannot be loaded ({why})") from e
     check_loaded(config.checkpoint, encoder, found)
     init_head(model, config.seed)
     check_values(config.checkpoint, model)

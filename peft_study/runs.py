@@ -159,6 +159,11 @@ def _check_settings(config:dict):
     RunConfig(**common | dict(method="head"))
 
 # %% ../nbs/08_runs.ipynb #410fe8fc
+def _defaults_beside(config:dict) -> dict:
+    "The settings that an older run does not know yet; it had their defaults."
+    fields = RunConfig.model_fields.items()
+    return {k: field.default for k, field in fields if k not in config and not field.is_required()}
+
 def read_result(folder) -> dict|None:
     "What the run found, or None while it is not finished; a damaged file counts as not finished."
     try:
@@ -169,7 +174,7 @@ def read_result(folder) -> dict|None:
             _know_task(folder, read_json(Path(folder)/"config.json"))
         _check_settings(result["config"])
     except (BadInput, ValidationError, KeyError): return None
-    return result
+    return result | dict(config=result["config"] | _defaults_beside(result["config"]))
 
 def is_done(folder) -> bool: return read_result(folder) is not None
 

@@ -20,7 +20,7 @@ from .files import read_text
 from .glue import BadInput, get_task, score, splits
 from .methods.core import count, save_adapter, trainable
 from .model import build_model, check_run
-from .predict import decide, logits_of, write_predictions
+from .predict import complete_predictions, decide, logits_of, write_predictions
 from .resume import drop_state, load_state, save_state
 from .runs import (append_json, cut_metrics, exit_with_parent, is_done, lock_folder, provenance, read_config,
                              read_metrics, read_result, run_folder, start_run, write_json)
@@ -519,11 +519,13 @@ def train(configs:list[RunConfig],
           processes:int=1, # not part of a run's identity, and nor is
           minutes:float=10 # between checkpoints, beside those at the end of each epoch
          ) -> list[Path]:  # the runs' folders, complete
-    "Complete the folders of `configs`; finished ones are left as they are."
+    "Complete the folders of `configs`; finished ones at most get predictions for files that have come since."
     folders = [run_folder(c, outputs) for c in configs]
     if processes > 1: check_processes(processes)
     for config, folder in zip(configs, folders):
-        if is_done(folder): continue
+        if is_done(folder):
+            complete_predictions(folder)
+            continue
         check_run(config)
         start_run(config, outputs)
         with lock_folder(folder):
