@@ -115,19 +115,17 @@ def _extra(args) -> dict:
 
 # %% ../nbs/26_cli.ipynb #c1000010
 @cache
-def _check_training_data(task_name, data, **own):
+def _check_training_data(task_name, use):
     "Read what a run would read; runs that differ in other things read it once."
-    from peft_study.config import RunConfig
-    from peft_study.data import check_data
-    from peft_study.train import training_examples
-    check_data(get_task(task_name), data, own["skip_bad_rows"])
-    training_examples(RunConfig(task_name=task_name, data=data, method="head", **own))
+    from peft_study.data import check_data, select_training
+    task = get_task(task_name)
+    check_data(task, use.data, use.skip_bad_rows)
+    select_training(task, use)
 
 def check(config):
     "All that can be known to be wrong before a run begins."
     from peft_study.model import check_run
-    own = {k: getattr(config, k) for k in ("skip_bad_rows", "max_train_examples", "tune_share")}
-    _check_training_data(config.task_name, config.data, **own)
+    _check_training_data(config.task_name, config.selection)
     check_run(config)
 
 # %% ../nbs/26_cli.ipynb #c1000011

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
-from .data import data_fingerprint, file_hash
+from .data import Selection, file_hash, use_fingerprint
 from .files import import_object, own_source, read_ini, reason, settings_file
 from .glue import BadInput, TASKS, get_task
 from .methods.core import Method, find_method, one_line
@@ -48,9 +48,13 @@ class RunConfig(BaseModel):
     train_pooler: bool = Field(False, description="also train the encoder's pooler")
     cache_frozen: bool = Field(False, description="frozen lower layers without dropout, their output computed once")
     skip_bad_rows: int = Field(0, ge=0, description="malformed rows of the training file that may be left out")
+    whole_texts: bool = Field(False, description="leave out training texts that lie within another (SST-2's phrases)")
     max_train_examples: int|None = Field(None, ge=1, description="train on the first n of a fixed shuffle")
+    sample_by_seed: bool = Field(False, description="each seed has a shuffle of its own: another sample to train on")
     max_eval_examples: int|None = Field(None, ge=1, description="evaluate on the first n")
     max_steps: int|None = Field(None, ge=1, description="stop after n optimisation steps")
+    n_evaluations: int|None = Field(
+        None, ge=1, description="score dev about n times, at ends of epochs (default: after each epoch)")
 
     def __init__(self, /, **given):
         try: super().__init__(**given)
@@ -66,6 +70,11 @@ def _bf16_hardware() -> bool:
 def best_precision() -> str: return "bf16" if _bf16_hardware() else "fp32"
 
 # %% ../nbs/05_config.ipynb #fb831aea
+def _expanded(path:str) -> str:
+    "`~` and `$NAME` filled in, as a shell does; `${NAME:-other}` is `other` where NAME is not set."
+    def value(match): return os.environ.get(match[1]) or match[2]
+    return os.path.expandvars(os.path.expanduser(re.sub(r"\$\{(\w+):-([^}]*)\}", value, path)))
+
 class RunConfig(RunConfig):
     __doc__ = RunConfig.__doc__
 
@@ -77,7 +86,7 @@ class RunConfig(RunConfig):
             place = get_task(task).data
             if place: given["data"] = place
         for name in ("data", "checkpoint"):   # a settings file has no shell that would do this
-            if isinstance(given.get(name), str): given[name] = os.path.expandvars(os.path.expanduser(given[name]))
+            if isinstance(given.get(name), str): given[name] = _expanded(given[name])
         if isinstance(name := given.get("method"), str):
             method = find_method(name)
             given["method"] = method(**{k: given.pop(k) for k in list(given) if k in method.model_fields})
@@ -166,6 +175,12 @@ def own_code(self:RunConfig) -> dict[str, str]:
     found = {what: code_fingerprint(what, name) for what, name in names.items()}
     return {what: fingerprint for what, fingerprint in found.items() if fingerprint}
 
+@patch(as_prop=True)
+def selection(self:RunConfig) -> Selection:
+    "What the run uses of its task's data."
+    used = {name: getattr(self, name) for name in Selection._fields if name != "sample"}
+    return Selection(**used, sample=self.seed if self.sample_by_seed else 0)
+
 @patch
 def identity(self:RunConfig) -> dict:
     "The settings that a run without them would not equal, and fingerprints for folders and for code of one's own."
@@ -173,18 +188,20 @@ def identity(self:RunConfig) -> dict:
     required = {k for k, f in (RunConfig.model_fields | type(self.method).model_fields).items() if f.is_required()}
     def without(k): return RunConfig(**{name: v for name, v in flat.items() if name != k})
     needed = {k: v for k, v in flat.items() if k in required or (k != "study" and without(k) != self)}
-    task = get_task(self.task_name)
-    if self.data != "hub" or not task.of_glue: needed["data"] = data_fingerprint(task, self.data)
+    needed["data"] = use_fingerprint(get_task(self.task_name), self.selection)
     if (weights := checkpoint_fingerprint(self.checkpoint)) != self.checkpoint: needed["checkpoint"] = weights
     return needed | {f"code of {what}": found for what, found in self.own_code().items()}
 
-@patch(as_prop=True)
-def run_id(self:RunConfig) -> str:
-    "`task-method-size-sSEED-HASH`"
-    canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+def _run_id(config:RunConfig, identity:dict) -> str:
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     def short(name): return re.sub(r"\W", "_", name.rpartition(":")[2])
     digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
-    return f"{short(self.task_name)}-{short(self.method.name)}-{self.method.size}-s{self.seed}-{digest}"
+    return f"{short(config.task_name)}-{short(config.method.name)}-{config.method.size}-s{config.seed}-{digest}"
+
+@patch(as_prop=True)
+def run_id(self:RunConfig) -> str:
+    "`task-method-size-sSEED-HASH`; `BadInput` where the data cannot be read."
+    return _run_id(self, self.identity())
 
 # %% ../nbs/05_config.ipynb #66d72427
 def words(name:str, text:str) -> list[str]:

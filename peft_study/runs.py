@@ -331,9 +331,11 @@ def provenance(config:RunConfig, device:str="cpu", processes:int=1) -> dict:
     import platform, torch
     from datetime import datetime, timezone
     from peft_study.config import checkpoint_fingerprint
-    from peft_study.data import data_fingerprint
+    from peft_study.data import data_fingerprint, use_fingerprint
+    task = get_task(config.task_name)
     return dict(finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 commit=commit(), code=code_version(), python=platform.python_version(), versions=versions(device),
                 device=device_name(device), threads=torch.get_num_threads(), processes=processes,
-                data_fingerprint=data_fingerprint(get_task(config.task_name), config.data),
+                data_fingerprint=data_fingerprint(task, config.data, config.skip_bad_rows),
+                use_fingerprint=use_fingerprint(task, config.selection),
                 checkpoint_fingerprint=checkpoint_fingerprint(config.checkpoint), own_code=config.own_code())
