@@ -17,7 +17,8 @@ from typing import Annotated, Optional
 import typer
 from .files import read_json, repository, shortened
 from .glue import BadInput, get_task
-from .terminal import doctor_rows, list_study, print_table, report_run, warn_of_budgets, warn_of_gpus
+from .terminal import (advise_on_pooling, doctor_rows, list_study, print_table, report_run, warn_of_budgets,
+                                 warn_of_gpus)
 
 # %% ../nbs/26_cli.ipynb #c1000006
 app = typer.Typer(help="A reproducible study of parameter-efficient fine-tuning on GLUE.", add_completion=False,
@@ -153,6 +154,7 @@ def run(ctx:typer.Context, settings, outputs:Outputs=Path("outputs"),
         return report_run(folder, console)
     warm_up()   # which imports while the input is checked
     check(config)
+    advise_on_pooling([config])
     console.print(config.run_id, highlight=False)
     try:
         with Console(stderr=True).status("starting") as status:
@@ -231,6 +233,7 @@ def run_and_summarise(study, outputs, engine):
     warn_of_gpus()
     warn_of_budgets(study)
     for config in study.configs: check(config)
+    advise_on_pooling(study.configs)
     try: folders, failed = run_study(study, outputs, engine())
     except KeyboardInterrupt:
         write_results(study.name, outputs)

@@ -46,6 +46,8 @@ class RunConfig(BaseModel):
     tune_share: float = Field(
         0., ge=0, lt=.5, description="share of the training set that is held back and chooses; dev then only reports")
     train_pooler: bool = Field(False, description="also train the encoder's pooler")
+    pooling: Literal["model", "mean"] = Field(
+        "model", description="what the head reads: as the family's classifier does, or the mean of the tokens")
     cache_frozen: bool = Field(False, description="frozen lower layers without dropout, their output computed once")
     skip_bad_rows: int = Field(0, ge=0, description="malformed rows of the training file that may be left out")
     whole_texts: bool = Field(False, description="leave out training texts that lie within another (SST-2's phrases)")
@@ -106,7 +108,10 @@ class RunConfig(RunConfig):
             raise ValueError(f"betas must be at least 0 and less than 1, got {self.betas}")
         if self.optimizer != "adamw": self._check_own_optimizer()
         if self.lr is None: object.__setattr__(self, "lr", self.method.default_lr)
-        if self.method.trains_pooler: object.__setattr__(self, "train_pooler", True)   # as it does in any case
+        if self.pooling == "mean" and self.train_pooler:
+            raise ValueError("train_pooler needs pooling 'model': a mean of tokens has no pooler")
+        has_pooler = self.pooling == "model"
+        if self.method.trains_pooler and has_pooler: object.__setattr__(self, "train_pooler", True)   # in any case
         return self
 
     def _check_own_optimizer(self):

@@ -36,7 +36,8 @@ def stack_key(config:RunConfig) -> str|None:
     options = STACKS.get(config.method.name)
     if options is None or config.cache_frozen: return None
     # a pooler that does not learn may be missing in the checkpoint: then the seed makes it
-    seed = ("seed",) if torch.cuda.is_available() and config.train_pooler and not config.sample_by_seed else ()
+    seed_makes_frozen = config.pooling == "model" and not config.train_pooler
+    seed = ("seed",) if torch.cuda.is_available() and not seed_makes_frozen and not config.sample_by_seed else ()
     common = {k: v for k, v in config.flat().items() if k not in (*OPTIMISATION, *options, *seed)}
     return json.dumps(common, sort_keys=True)
 

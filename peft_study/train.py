@@ -22,7 +22,7 @@ from .files import read_text
 from .glue import BadInput, get_task, score, splits
 from .encoders import tiny_config
 from .methods.core import apply_method, count, save_adapter, trainable
-from .model import build_model, check_run, init_head
+from .model import build_model, check_run, init_head, mean_pooled_
 from .predict import decide, logits_of, write_predictions
 from .resume import drop_state, load_state, save_state
 from .runs import (append_json, cut_metrics, exit_with_parent, is_done, lock_folder, provenance, read_config,
@@ -397,6 +397,7 @@ def canary_losses(config:RunConfig, family:str="bert") -> list[float]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForSequenceClassification.from_config(tiny)
+            if config.pooling == "mean": mean_pooled_(model)
             init_head(model, 0)
             model = apply_method(model, settings.method, 0, settings.train_pooler)
             model = speed_up(model, "fp32", torch.device("cpu")).train()
@@ -415,7 +416,7 @@ def _canary(config:RunConfig, family:str) -> str:
 
 def canary(config:RunConfig, family:str) -> str:
     "8 hex digits that name the numerics of a run's method here; the same for all tasks, seeds and learning rates."
-    common = dict(task_name="cola", data="demo", checkpoint="minilm", train_pooler=config.train_pooler)
+    common = dict(task_name="cola", train_pooler=config.train_pooler, pooling=config.pooling)
     return _canary(RunConfig(method=config.method.name, **common, **config.method.model_dump()), family)
 
 # %% ../nbs/11_train.ipynb #ccdf8a82

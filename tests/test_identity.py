@@ -11,8 +11,8 @@ from peft_study.runs import code_files
 COMMON = dict(study="adhoc", checkpoint="bert-base-uncased", data="hub", n_epochs=3, lr=None, batch_size=32,
               optimizer="adamw", betas=(.9, .999), eps=1e-6, weight_decay=.01, warmup_ratio=.1, max_grad_norm=1.,
               max_length=128, precision="fp32", seed=0, keep="last", tune_share=0., train_pooler=False,
-              cache_frozen=False, max_train_examples=None, max_eval_examples=None, max_steps=None, skip_bad_rows=0,
-              whole_texts=False, sample_by_seed=False, n_evaluations=None)
+              pooling="model", cache_frozen=False, max_train_examples=None, max_eval_examples=None, max_steps=None,
+              skip_bad_rows=0, whole_texts=False, sample_by_seed=False, n_evaluations=None)
 LORA = dict(rank=8, alpha=None, targets=("query", "value"), lora_dropout=0., rslora=False, dora=False, lora_plus=1.)
 ADAPTER = dict(bottleneck_size=64, nonlinearity="gelu", init="near", placement="houlsby")
 METHODS = dict( # default learning rate, settings, and the identity of a run with nothing but defaults, its data apart
