@@ -226,9 +226,11 @@ def _save_plot(table, study, outputs) -> list[Path]:
 def run_and_summarise(study, outputs, engine):
     "Run a study to its end on `engine()`; table, `results.csv` and plot."
     from rich.console import Console
+    from peft_study.config import check_budgets
     from peft_study.kernels import warm_up
     from peft_study.results import write_results
     from peft_study.sweep import run_study
+    check_budgets(study)
     warm_up()
     warn_of_gpus()
     warn_of_budgets(study)

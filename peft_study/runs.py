@@ -183,6 +183,9 @@ class _Record(BaseModel):
     seeds: list[int] = []
     final_seeds: list[int] = []
     auto: Literal["fp32", "bf16"]|None = None
+    questions: dict|None = None
+    questions_before: list[dict|None] = []
+    unequal_budgets: bool = False
 
 def read_record(study:str, outputs="outputs") -> dict:
     "A study's `study.json`, empty where there is none."
