@@ -128,6 +128,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'peft_study.config._is_true': ('config.html#_is_true', 'peft_study/config.py'),
                                    'peft_study.config._margin': ('config.html#_margin', 'peft_study/config.py'),
                                    'peft_study.config._method_of': ('config.html#_method_of', 'peft_study/config.py'),
+                                   'peft_study.config._on_tasks': ('config.html#_on_tasks', 'peft_study/config.py'),
                                    'peft_study.config._own_settings': ('config.html#_own_settings', 'peft_study/config.py'),
                                    'peft_study.config._questions': ('config.html#_questions', 'peft_study/config.py'),
                                    'peft_study.config._run_id': ('config.html#_run_id', 'peft_study/config.py'),

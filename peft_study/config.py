@@ -268,6 +268,15 @@ def _method_of(section:str) -> str:
 # %% ../nbs/05_config.ipynb #a26d6f14
 _OF_STUDY = ("final_seeds", "primary", "baseline", "primary_tasks", "margin", "unequal_budgets")
 
+def _on_tasks(settings:dict, of_tasks:dict, stronger:dict) -> list[dict]:
+    "The settings once for the tasks that have none of their own, and once for each that has; some are `stronger`."
+    tasks = words("task_name", settings.get("task_name", ""))
+    own = [t for t in tasks if t in of_tasks]
+    if not own: return [settings]
+    others = " ".join(t for t in tasks if t not in own)
+    apart = [settings | {k: v for k, v in of_tasks[t].items() if k not in stronger} | dict(task_name=t) for t in own]
+    return [settings | dict(task_name=others)] * bool(others) + apart
+
 def _settings_of(ini:ConfigParser, name:str, overrides:dict, file:str): # → (section, settings)
     """The settings of each section of a study; an override goes where its setting is known, and must be known
     somewhere. Of a section that names tasks of its own, an override of the tasks keeps those that are in both."""
@@ -275,6 +284,10 @@ def _settings_of(ini:ConfigParser, name:str, overrides:dict, file:str): # → (s
     common = dict(ini[name]) if name in ini else {}
     common = {k: v for k, v in common.items() if k not in _OF_STUDY}
     unused = set(overrides) - known - {"final_seeds"}
+    of_tasks = {s.partition(":")[2]: dict(ini[s]) for s in ini.sections() if s.startswith(name + ":")}
+    for task in of_tasks:
+        try: get_task(task)
+        except BadInput as e: raise BadInput(f"{file} [{name}:{task}]: {e}") from None
     for section in ini.sections():
         if not section.startswith(name + "."): continue
         try: own = find_method(_method_of(section)).model_fields
@@ -288,7 +301,7 @@ def _settings_of(ini:ConfigParser, name:str, overrides:dict, file:str): # → (s
             if not kept: continue
             settings["task_name"] = " ".join(kept)
         settings.update(study=overrides.get("study", name), method=_method_of(section))
-        yield section, settings
+        yield from ((section, on_tasks) for on_tasks in _on_tasks(settings, of_tasks, {**ini[section], **overrides}))
     if unused:
         odd = sorted(unused)[0]
         raise BadInput(f"unknown setting {odd!r} for study {name}: it is neither common nor of one of its methods")
@@ -395,7 +408,7 @@ def read_study(name:str,           # a section of the file
     "The runs that `[name]` and `[name.METHOD]` declare; what is wrong is `BadInput` naming section and setting."
     file = Path(file or settings_file())
     ini = read_ini(file)
-    names = sorted({s.split(".")[0] for s in ini.sections()} - {"task"})   # [task.NAME] is a task
+    names = sorted({re.split("[.:]", s)[0] for s in ini.sections()} - {"task"})   # [task.NAME] is a task
     if name not in names: raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(names) or 'none'}")
     def runs(overrides, methods=()):
         sections = list(_runs_of(ini, name, overrides, file.name, auto))
