@@ -19,7 +19,7 @@ from .config import RunConfig
 from .data import check_source, load_tokenizer, train_batches, train_rows
 from .files import read_json
 from .glue import BadInput, get_task, score
-from .model import build_model, checkpoint_path, load_encoder_config
+from .model import build_model, checkpoint_path, load_encoder_config, mean_pooled_
 from .predict import decide
 from .speed import speed_up
 from .train import load_data, local_batch, make_optimizer, own_environment, peak_memory, train, train_step
@@ -33,10 +33,11 @@ def peer_model(config:RunConfig):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(config.seed)
-    encoder = load_encoder_config(config.checkpoint, get_task(config.task_name).n_outputs)
+    encoder = load_encoder_config(config.checkpoint, get_task(config.task_name).n_outputs, config.pooling)
     place, head = checkpoint_path(config.checkpoint), ["classifier"]
     if config.train_pooler: head.append("pooler")
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(place, config=encoder, dtype=torch.float32)
+    if config.pooling == "mean": mean_pooled_(plain)
     lora = LoraConfig(task_type="SEQ_CLS", r=config.method.rank, lora_alpha=config.method.alpha,
                       target_modules=list(config.method.targets), modules_to_save=head)
     return get_peft_model(plain, lora)

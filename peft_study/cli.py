@@ -18,8 +18,8 @@ from typing import Annotated, Optional
 import typer
 from .files import read_json, repository, shortened
 from .glue import BadInput, get_task
-from .terminal import (doctor_rows, list_study, print_table, report_run, warn_of_budgets, warn_of_gpus,
-                                 warn_of_settings)
+from .terminal import (advise_on_pooling, doctor_rows, list_study, print_table, report_run, warn_of_budgets,
+                                 warn_of_gpus, warn_of_settings)
 
 # %% ../nbs/26_cli.ipynb #c1000006
 app = typer.Typer(help="A reproducible study of parameter-efficient fine-tuning on GLUE.", add_completion=False,
@@ -128,19 +128,17 @@ def _extra(args) -> dict:
 
 # %% ../nbs/26_cli.ipynb #c1000010
 @cache
-def _check_training_data(task_name, data, **own):
+def _check_training_data(task_name, use):
     "Read what a run would read; runs that differ in other things read it once."
-    from peft_study.config import RunConfig
-    from peft_study.data import check_data
-    from peft_study.train import training_examples
-    check_data(get_task(task_name), data, own["skip_bad_rows"])
-    training_examples(RunConfig(task_name=task_name, data=data, method="head", **own))
+    from peft_study.data import check_data, select_training
+    task = get_task(task_name)
+    check_data(task, use.data, use.skip_bad_rows)
+    select_training(task, use)
 
 def check(config):
     "All that can be known to be wrong before a run begins."
     from peft_study.model import check_run
-    own = {k: getattr(config, k) for k in ("skip_bad_rows", "max_train_examples", "tune_share")}
-    _check_training_data(config.task_name, config.data, **own)
+    _check_training_data(config.task_name, config.selection)
     check_run(config)
 
 # %% ../nbs/26_cli.ipynb #c1000011
@@ -171,6 +169,7 @@ def run(ctx:typer.Context, settings, outputs:Outputs=Path("outputs"),
         return report_run(folder, console)
     warm_up()   # which imports while the input is checked
     check(config)
+    advise_on_pooling([config])
     console.print(config.run_id, highlight=False)
     try:
         with Console(stderr=True).status("starting") as status:
@@ -242,13 +241,16 @@ def _save_plot(table, study, outputs) -> list[Path]:
 def run_and_summarise(study, outputs, engine):
     "Run a study to its end on `engine()`; table, `results.csv` and plot."
     from rich.console import Console
+    from peft_study.config import check_budgets
     from peft_study.kernels import warm_up
     from peft_study.results import write_results
     from peft_study.sweep import run_study
+    check_budgets(study)
     warm_up()
     warn_of_gpus()
     warn_of_budgets(study)
     for config in study.configs: check(config)
+    advise_on_pooling(study.configs)
     try: folders, failed = run_study(study, outputs, engine())
     except KeyboardInterrupt:
         write_results(study.name, outputs)

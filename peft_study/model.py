@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['checkpoint_path', 'load_encoder_config', 'task_config', 'check_weights', 'check_tokenizer', 'check_precision',
-           'can_cache', 'positions_left', 'check_model', 'check_run', 'init_head', 'check_loaded', 'check_values',
-           'build_model']
+           'can_cache', 'positions_left', 'check_model', 'check_run', 'init_head', 'mean_of_tokens', 'MeanPooled',
+           'mean_pooled_', 'advice_on_pooling', 'check_loaded', 'check_values', 'build_model']
 
 # %% ../nbs/06_model.ipynb #a9c84b97
 import re
 from pathlib import Path
 from .config import RunConfig, check_optimizer
 from .data import hub_reason, load_tokenizer, minilm_folder, watch_network
-from .encoders import families_where, get_family
+from .encoders import FAMILIES, families_where, get_family, is_mean_pooled
 from .files import is_lfs_pointer, read_json, reason
 from .glue import BadInput, get_task
 from .methods.core import apply_method
@@ -27,7 +27,7 @@ def checkpoint_path(checkpoint:str) -> str:
 _AS_USUAL = dict(return_dict=True, output_attentions=False, output_hidden_states=False, chunk_size_feed_forward=0,
                  _attn_implementation=None)   # transformers' choice for this machine
 
-def load_encoder_config(checkpoint:str, n_outputs:int=2):
+def load_encoder_config(checkpoint:str, n_outputs:int=2, pooling:str="model"):
     "The 🤗 configuration of a supported encoder; `BadInput` for what is unknown or cannot be reached."
     from transformers import AutoConfig
     own = Path(checkpoint_path(checkpoint))/"config.json"
@@ -48,12 +48,14 @@ def load_encoder_config(checkpoint:str, n_outputs:int=2):
             raise BadInput(f"checkpoint {checkpoint!r} is {what}, by {name} in its config.json")
     for name, value in _AS_USUAL.items(): setattr(config, name, value)
     vars(config).pop("gradient_checkpointing", None)   # of transformers before 4.11, and still obeyed
+    vars(config).pop("pooling", None)   # whatever another library calls so
+    if pooling == "mean": config.pooling = "mean"
     return config
 
 def task_config(config:RunConfig):
     "The configuration of the encoder with the head of the run's task; what an earlier task left in it is replaced."
     task = get_task(config.task_name)
-    encoder = load_encoder_config(config.checkpoint, task.n_outputs)
+    encoder = load_encoder_config(config.checkpoint, task.n_outputs, config.pooling)
     encoder.id2label = dict(enumerate(task.labels or ("score",)))
     encoder.label2id = {label: i for i, label in encoder.id2label.items()}
     encoder.problem_type = "regression" if task.regression else None
@@ -148,6 +150,59 @@ def init_head(model, seed:int):
                 if name.endswith("bias"): p.zero_()
                 else: p.normal_(std=getattr(model.config, "initializer_range", .02), generator=generator)
 
+# %% ../nbs/06_model.ipynb #fe2736e7
+def mean_of_tokens(hidden, # (batch, length, H)
+                   mask    # (batch, length) or longer, 1 for tokens; None: all are
+                  ):       # (batch, H)
+    "The mean of the last hidden states of the tokens, summed in fp32 at least."
+    import torch
+    if mask is None: return hidden.mean(1)
+    of_hidden = mask[:, -hidden.shape[1]:, None]   # a prefix comes before, and has no hidden states
+    exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return ((exact * of_hidden).sum(1) / of_hidden.sum(1)).to(hidden.dtype)
+
+# %% ../nbs/06_model.ipynb #4b89e7f1
+class MeanPooled:
+    "The forward pass of a 🤗 …ForSequenceClassification that reads the mean of the tokens."
+    def forward(self, input_ids=None, attention_mask=None, labels=None,
+                past_key_values=None, # 🤗 peft looks for this name
+                **inputs):
+        from transformers.modeling_outputs import SequenceClassifierOutput
+        inputs |= dict(input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values)
+        given = {name: value for name, value in inputs.items() if value is not None}
+        out = self.base_model(**given | dict(return_dict=True))
+        logits = self.classifier(self.dropout(mean_of_tokens(out.last_hidden_state, attention_mask)))
+        loss = None
+        if labels is not None: loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states,
+                                        attentions=out.attentions)
+
+def mean_pooled_(model # 🤗 …ForSequenceClassification, changed in place
+                ):
+    "Let `model` classify from the mean of the tokens; its pooler and its head are gone, a linear layer is new."
+    from torch import nn
+    config, family = model.config, FAMILIES[model.config.model_type]
+    p = model.get_submodule(family.dropout).p
+    for path in filter(None, (*family.head, family.pooler, family.dropout)):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, None)
+    model.classifier, model.dropout = nn.Linear(config.hidden_size, config.num_labels), nn.Dropout(p)
+    model.__class__ = type(type(model).__name__, (MeanPooled, type(model)), {})
+    config.pooling = "mean"
+    return model.train(model.training)   # the new modules as well
+
+# %% ../nbs/06_model.ipynb #332a14b0
+def advice_on_pooling(config:RunConfig) -> str|None:
+    "A sentence for a checkpoint that was trained for means of tokens, and is read otherwise."
+    file = Path(checkpoint_path(config.checkpoint))/"1_Pooling"/"config.json"
+    if config.pooling == "mean" or not file.is_file(): return None
+    try: found = read_json(file)
+    except BadInput: return None   # the encoder may be as it should
+    of_means = found.get("pooling_mode") == "mean" or found.get("pooling_mode_mean_tokens") is True
+    if not of_means: return None
+    return (f"checkpoint {config.checkpoint!r} was trained for means of tokens (1_Pooling/config.json): "
+            "pooling = mean reads these, and needs no train_pooler")
+
 # %% ../nbs/06_model.ipynb #f90e5220
 def _encoder_part(family) -> re.Pattern:
     "Matches the names of an encoder's weights, with `bert.` before them or without; two of the names are buffers."
@@ -162,7 +217,7 @@ def _listed(names) -> str:
 def check_loaded(checkpoint:str, encoder, found:dict # of transformers' loading
                 ):
     "`BadInput` where weights of the encoder are missing, of another shape, or not used; the new pooler is said."
-    family = get_family(encoder)
+    family = FAMILIES[encoder.model_type]   # as transformers has built it
     new = (*family.head, family.pooler) if family.pooler else family.head
     def is_new(name): return any(name == m or name.startswith(m + ".") for m in new)
     its = f"checkpoint {checkpoint!r}"
@@ -173,7 +228,8 @@ def check_loaded(checkpoint:str, encoder, found:dict # of transformers' loading
     part = _encoder_part(family)
     unused = {n for n in found["unexpected_keys"] if part.match(n) and not family.of_pretraining(encoder, n)}
     if unused: raise BadInput(f"{its} has weights that its config.json has no place for: {_listed(unused)}")
-    if family.pooler and any(n.startswith(family.pooler + ".") for n in found["missing_keys"]):
+    pooler = get_family(encoder).pooler
+    if pooler and any(n.startswith(pooler + ".") for n in found["missing_keys"]):
         print(f"{checkpoint} has no pooler: it starts from random values")
 
 # %% ../nbs/06_model.ipynb #893c3bc8
@@ -194,6 +250,7 @@ def build_model(config:RunConfig):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)   # for what the checkpoint lacks beside the head, as a pooler
             model, found = load(checkpoint_path(config.checkpoint), **own)
+            if is_mean_pooled(encoder): mean_pooled_(model)
     except Exception as e:   # whatever transformers makes of the folder's files
         why = reason(e) if Path(checkpoint_path(config.checkpoint)).is_dir() else hub_reason(e)
         raise BadInput(f"checkpoint {config.checkpoint!r} cannot be loaded ({why})") from e

@@ -217,18 +217,21 @@ def decided(subject:str, row:dict, other:str, unit:str) -> str: # subject: with 
 
 # %% ../nbs/24_paper.ipynb #63bf4634
 @cache
-def encoder_config(checkpoint:str, n_outputs:int):
+def encoder_config(checkpoint:str, n_outputs:int, pooling="model"):
     "The configuration of an encoder, from what is on this machine; None where there is nothing."
     from transformers import AutoConfig, BertConfig
-    if checkpoint == "bert-base-uncased": return BertConfig(num_labels=n_outputs)   # whose defaults are that encoder's
     try:
         place = minilm_folder() if checkpoint == "minilm" else checkpoint
-        return AutoConfig.from_pretrained(place, num_labels=n_outputs, local_files_only=True, trust_remote_code=False)
+        if checkpoint == "bert-base-uncased": config = BertConfig(num_labels=n_outputs)   # whose defaults it has
+        else: config = AutoConfig.from_pretrained(place, num_labels=n_outputs, local_files_only=True,
+                                                  trust_remote_code=False)
     except Exception: return None   # whatever is wrong with it, there is no count
+    config.pooling = pooling if isinstance(pooling, str) else "model"   # nan in records from before the setting
+    return config
 
 def common_parameters(run) -> float: # a row of the table of runs
     "Those of the head, and of the pooler where it learns, which every method trains; nan without the configuration."
-    config = encoder_config(run.checkpoint, get_task(run.task_name).n_outputs)
+    config = encoder_config(run.checkpoint, get_task(run.task_name).n_outputs, run.get("pooling"))
     if config is None: return math.nan
     learns = run.get("train_pooler") in [True]   # and not nan
     return head_parameters(config) + (pooler_parameters(config) if learns else 0)
@@ -238,11 +241,12 @@ def learning_parts(paper:Paper) -> pd.DataFrame:
     columns = ["checkpoint", "label", "size", "outputs", "trainable", "share", "own", "pooler", "head"]
     outputs = paper.runs.task_name.map(lambda name: get_task(name).n_outputs)
     runs = paper.runs.assign(outputs=outputs, own=float("nan"), pooler=0, head=0)
-    rows = runs.drop_duplicates(["checkpoint", "label", "size", "outputs"])
+    if "pooling" not in runs: runs["pooling"] = "model"
+    rows = runs.drop_duplicates(["checkpoint", "label", "size", "outputs", "pooling"])
     rows = rows.rename(columns=dict(parameters_trainable="trainable", parameters_share="share"))
     found = []
-    for row in rows.reindex(columns=[*columns, "train_pooler"]).to_dict("records"):
-        config = encoder_config(row["checkpoint"], row["outputs"])
+    for row in rows.reindex(columns=[*columns, "train_pooler", "pooling"]).to_dict("records"):
+        config = encoder_config(row["checkpoint"], row["outputs"], row["pooling"])
         if config is not None:
             pooler = pooler_parameters(config) if row["train_pooler"] else 0
             row |= dict(head=head_parameters(config), pooler=pooler)

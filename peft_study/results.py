@@ -116,13 +116,15 @@ def _identify(row:dict) -> dict:
 
 # %% ../nbs/18_results.ipynb #f217c2ea
 def chosen_configurations(table):
-    "A row a cell: the configuration with the best mean `selection`, out of `tried`."
+    """A row a cell: the configuration with the best mean `selection`, out of `tried`; one that lacks a seed that others
+    have comes after those."""
     runs = done(table)
     runs = runs[runs.stage.isin(["tune", "single"])] if "stage" in runs else runs
     groups = runs.groupby([*CELL, "configuration"], dropna=False)
-    means = groups.selection.mean().reset_index().sort_values(["selection", "configuration"], ascending=[False, True])
+    means = groups.selection.agg(["mean", "count"]).reset_index().rename(columns=dict(mean="selection"))
+    means = means.sort_values(["count", "selection", "configuration"], ascending=[False, False, True])
     tried = means.groupby(CELL, dropna=False, sort=False).size().rename("tried").reset_index()
-    return means.drop_duplicates(CELL).merge(tried, on=CELL).reset_index(drop=True)
+    return means.drop(columns="count").drop_duplicates(CELL).merge(tried, on=CELL).reset_index(drop=True)
 
 def of_former_code(table) -> pd.Series:
     "Finished runs of a method, optimiser or metric of one's own that was another file then."

@@ -189,6 +189,9 @@ class _Record(BaseModel):
     seeds: list[int] = []
     final_seeds: list[int] = []
     auto: Literal["fp32", "bf16"]|None = None
+    questions: dict|None = None
+    questions_before: list[dict|None] = []
+    unequal_budgets: bool = False
 
 def read_record(study:str, outputs="outputs") -> dict:
     "A study's `study.json`, empty where there is none."
@@ -382,9 +385,11 @@ def provenance(config:RunConfig, device:str="cpu", processes:int=1) -> dict:
     import platform, torch
     from datetime import datetime, timezone
     from peft_study.config import checkpoint_fingerprint
-    from peft_study.data import data_fingerprint
+    from peft_study.data import data_fingerprint, use_fingerprint
+    task = get_task(config.task_name)
     return dict(finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 commit=commit(), code=code_version(), python=platform.python_version(), versions=versions(device),
                 device=device_name(device), threads=torch.get_num_threads(), processes=processes,
-                data_fingerprint=data_fingerprint(get_task(config.task_name), config.data),
+                data_fingerprint=data_fingerprint(task, config.data, config.skip_bad_rows),
+                use_fingerprint=use_fingerprint(task, config.selection),
                 checkpoint_fingerprint=checkpoint_fingerprint(config.checkpoint), own_code=config.own_code())

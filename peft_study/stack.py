@@ -20,9 +20,9 @@ from .predict import check_finite
 from .resume import drop_state
 from .runs import is_done, lock_folder, run_folder, start_run, write_error
 from .speed import speed_up, use_attention
-from .train import (TrainState, begin, evaluate_epoch, example_losses, free_memory, is_out_of_memory,
-                              load_data, local_batch, new_accelerator, predict_kept, record, seed_dropout,
-                              start_state, train, without_leftovers)
+from .train import (TrainState, begin, evaluate_epoch, evaluation_is_due, example_losses, free_memory,
+                              is_out_of_memory, load_data, local_batch, new_accelerator, predict_kept, record,
+                              seed_dropout, start_state, train, without_leftovers)
 
 # %% ../nbs/13_stack.ipynb #4ab675ca
 # Method → its options that may differ within a stack. Others do not stack: prefix tuning has an attention of its own.
@@ -36,7 +36,8 @@ def stack_key(config:RunConfig) -> str|None:
     options = STACKS.get(config.method.name)
     if options is None or config.cache_frozen: return None
     # a pooler that does not learn may be missing in the checkpoint: then the seed makes it
-    seed = ("seed",) if torch.cuda.is_available() and config.train_pooler else ()
+    seed_makes_frozen = config.pooling == "model" and not config.train_pooler
+    seed = ("seed",) if torch.cuda.is_available() and not seed_makes_frozen and not config.sample_by_seed else ()
     common = {k: v for k, v in config.flat().items() if k not in (*OPTIMISATION, *options, *seed)}
     return json.dumps(common, sort_keys=True)
 
@@ -243,15 +244,19 @@ def fit_stack(members:list[Member], saved:list, show, micro_batches:int=1, minut
         begun = member.config, member.folder, model, len(data["train"]), member.accelerator
         member.state = start_state(*begun, show, micro_batches, checkpoint)
     size, last_saved = len(members), time.monotonic()
+    steps, per_epoch = members[0].state.log.steps, math.ceil(len(data["train"]) / first.batch_size)
     def save(members):
         nonlocal last_saved
         for m in members: m.state.save(m.folder)
         last_saved = time.monotonic()
     def now_and_then(members):
         if time.monotonic() - last_saved > 60 * minutes: save(members)
-    while members and members[0].state.at["step"] < members[0].state.log.steps:
+    while members and members[0].state.at["step"] < steps:
         members = train_stack_epoch(members, data["train"], now_and_then)
-        if members: members = evaluate_stack(members, data)
+        if not members: break
+        at = members[0].state.at["step"]
+        if not evaluation_is_due(first, at, steps, per_epoch): continue
+        members = evaluate_stack(members, data)
         save(members)
     def finish(m):
         logits = predict_kept(m.config, m.state, data, m.accelerator)

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from threading import Event, Thread, current_thread, main_thread
-from .config import RunConfig, Study, best_precision
+from .config import RunConfig, Study, best_precision, check_budgets
 from .data import train_rows
 from .files import read_text, root, shortened
-from .glue import BadInput, get_task
+from .glue import TRAIN_ROWS, BadInput, get_task
 from .kernels import ForkedKernel, begin, execute_notebook, settle, warm_up
 from .predict import complete_predictions
 from .records import adopt
@@ -127,9 +127,16 @@ def devices() -> list[str]:
     return gpus if gpus and not gpu_trouble() else ["cpu"]
 
 # %% ../nbs/15_sweep.ipynb #5d32ea64
+def _train_rows(config:RunConfig) -> int:
+    "The size of the training set; of GLUE's that is not at hand the official one."
+    try: return train_rows(get_task(config.task_name), config.data)
+    except BadInput:
+        if config.task_name not in TRAIN_ROWS: raise
+        return TRAIN_ROWS[config.task_name]
+
 def work(config:RunConfig) -> int:
     "Examples that go through the model in training, each as often as it does."
-    rows = min(train_rows(get_task(config.task_name), config.data), config.max_train_examples or 10**12)
+    rows = min(_train_rows(config), config.max_train_examples or 10**12)
     rows -= round(rows * config.tune_share)
     return min(rows * config.n_epochs, (config.max_steps or 10**12) * config.batch_size)
 
@@ -234,6 +241,14 @@ def _check_precision(study:Study, begun:str|None): # what `auto` was when the st
         raise BadInput(f"study {study.name!r} runs in bf16, which this machine does not have in hardware: run it where "
                        "it was begun, or with --precision fp32 under another name by --study")
 
+def _record_questions(study:Study, earlier:dict, has_runs:bool) -> dict:
+    "The study's questions, and those that it had before, if there were runs then."
+    asked = study.questions.model_dump(mode="json") if study.questions else None
+    before, changed = earlier.get("questions_before", []), asked != earlier.get("questions")
+    if changed and has_runs: before = [*before, earlier.get("questions")]
+    record = dict(questions=asked, questions_before=before, unequal_budgets=study.unequal)
+    return {name: value for name, value in record.items() if value}
+
 def record_study(study:Study, outputs="outputs"):
     "Write `study.json`; `BadInput` where this study's precision or seeds would mix with those of its earlier runs."
     folder = Path(outputs)/study.name
@@ -248,6 +263,7 @@ def record_study(study:Study, outputs="outputs"):
             raise BadInput(f"study {study.name!r} would tune and repeat with seed {both[0]}: "
                            "take other seeds, or name another study by --study")
         record = dict(name=study.name, seeds=sorted(tuning), final_seeds=sorted(final), auto=begun or study.auto)
+        record |= _record_questions(study, earlier, any((folder/"runs").glob("*/config.json")))
         write_json(folder/"study.json", record)
 
 # %% ../nbs/15_sweep.ipynb #9cc89a9b
@@ -437,6 +453,7 @@ def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
     from rich.live import Live
     console = console or Console(stderr=True)
     def say(*lines): console.print(*lines, sep="\n  ", highlight=False, soft_wrap=True)
+    check_budgets(study)
     if n := adopt(study.name, outputs): console.print(f"{n} published runs of study {study.name} count as finished")
     record_study(study, outputs)
     queue = _Queue(study, outputs)

@@ -1,10 +1,12 @@
 "Every method on every encoder family: all promises, gradients, padding; or refused with the reason."
+from copy import deepcopy
 from functools import lru_cache
 import pytest, torch
 from transformers import AutoModelForSequenceClassification
 from peft_study.encoders import FAMILIES, ROLES, get_sizes, tiny_config
 from peft_study.glue import BadInput
 from peft_study.methods.core import apply_method, check_method, find_method, method_names, random_batch, trainable
+from peft_study.model import MeanPooled, mean_pooled_
 from peft_study.speed import speed_up
 from peft_study.stack import STACKS, attend_in_stacks, share_frozen, stack_logits
 from peft_study.train import example_losses
@@ -19,7 +21,10 @@ SETTINGS = dict(
     prefix=[dict(prefix_length=3), dict(prefix_length=3, reparam=4)],
     hf_lora=[dict(rank=2)], hf_prompt=[dict(prompt_length=3)], hf_prefix=[dict(prefix_length=3)])
 METHODS = [find_method(name)(**settings) for name in method_names() for settings in SETTINGS.get(name, [{}])]
+POOLINGS = ("model", "mean")
 CELLS = [(kind, method) for kind in FAMILIES for method in METHODS]
+cells = pytest.mark.parametrize("kind, method", CELLS, ids=lambda v: label(v))
+poolings = pytest.mark.parametrize("pooling", POOLINGS)
 
 
 def refused(kind, method):
@@ -42,15 +47,15 @@ def label(v):
 
 
 @lru_cache
-def model_of(kind):
+def model_of(kind, pooling="model"):
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(tiny_config(kind)).eval()
+    model = AutoModelForSequenceClassification.from_config(tiny_config(kind)).eval()
+    return mean_pooled_(model) if pooling == "mean" else model
 
 
-def applied(kind, method):
+def applied(kind, method, pooling="model"):
     "The method on a copy of the family's model, away from its start; skipped where it is refused."
-    from copy import deepcopy
-    try: model = apply_method(deepcopy(model_of(kind)), method).eval()
+    try: model = apply_method(deepcopy(model_of(kind, pooling)), method).eval()
     except BadInput as e: pytest.skip(str(e))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -62,29 +67,51 @@ def applied(kind, method):
 def matrix(): return {}
 
 
-@pytest.mark.parametrize("kind, method", CELLS, ids=label)
-def test_promises(matrix, kind, method):
-    try: matrix[kind, label(method)] = f"{check_method(method, model_of(kind))['trainable']:,}"
+@poolings
+@cells
+def test_promises(matrix, kind, method, pooling):
+    try: matrix[kind, label(method), pooling] = f"{check_method(method, model_of(kind, pooling))['trainable']:,}"
     except BadInput as e:
-        matrix[kind, label(method)] = "refused"
+        matrix[kind, label(method), pooling] = "refused"
         assert refused(kind, method) and kind in str(e), str(e)
     else: assert not refused(kind, method)
 
 
 def test_matrix(matrix, capsys):
     "Trainable parameters of the tiny models, cell by cell."
-    if len(matrix) < len(CELLS): pytest.skip("not all cells were run")
+    if len(matrix) < len(CELLS) * len(POOLINGS): pytest.skip("not all cells were run")
     with capsys.disabled():
-        print("\n" + " " * 42 + "".join(f"{kind:>12}" for kind in FAMILIES))
-        for method in METHODS:
-            row = [f"{matrix[kind, label(method)]:>12}" for kind in FAMILIES]
-            print(f"{label(method)[:42]:42}" + "".join(row))
-    assert sum(v == "refused" for v in matrix.values()) == sum(refused(kind, method) for kind, method in CELLS)
+        for pooling in POOLINGS:
+            print(f"\n{'pooling ' + pooling:42}" + "".join(f"{kind:>12}" for kind in FAMILIES))
+            for method in METHODS:
+                row = [f"{matrix[kind, label(method), pooling]:>12}" for kind in FAMILIES]
+                print(f"{label(method)[:42]:42}" + "".join(row))
+    expected = len(POOLINGS) * sum(refused(kind, method) for kind, method in CELLS)
+    assert sum(v == "refused" for v in matrix.values()) == expected
 
 
-@pytest.mark.parametrize("kind, method", CELLS, ids=label)
-def test_padding(kind, method):
-    model = applied(kind, method)
+@cells
+def test_mean(kind, method):
+    """With pooling mean, the head reads the mean of the last hidden states of the text's own tokens; of the prompt's as
+    well where it does as 🤗 peft, whose mask has ones there."""
+    model = applied(kind, method, "mean")
+    classifier, seen = next(m for m in model.modules() if isinstance(m, MeanPooled)), {}
+    classifier.base_model.register_forward_hook(lambda module, inputs, out: seen.update(hidden=out.last_hidden_state))
+    classifier.dropout.register_forward_pre_hook(lambda module, inputs: seen.update(read=inputs[0]))
+    batch = random_batch(model.config)
+    with torch.no_grad(): model(**batch)
+    as_peft = method.name == "hf_prompt" or getattr(method, "read", "cls") == "first"
+    n = method.prompt_length if as_peft else 0
+    assert seen["hidden"].shape[1] == n + batch["input_ids"].shape[1]
+    lengths = n + batch["attention_mask"].sum(1)
+    means = torch.stack([h[:length].mean(0) for h, length in zip(seen["hidden"], lengths)])
+    torch.testing.assert_close(seen["read"], means)
+
+
+@poolings
+@cells
+def test_padding(kind, method, pooling):
+    model = applied(kind, method, pooling)
     batch = random_batch(model.config)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     n = int(mask[-1].sum())
@@ -96,10 +123,11 @@ def test_padding(kind, method):
     assert (unmasked - together).abs().max() > 1e-5, "the mask makes no difference, so this shows nothing"
 
 
+@poolings
 @pytest.mark.parametrize("kind, method", [c for c in CELLS if c[1].name in STACKS], ids=label)
-def test_stack(kind, method):
+def test_stack(kind, method, pooling):
     "Two runs as they stack on a GPU, each with a batch of its own: the outputs of each alone."
-    models = [applied(kind, method) for _ in range(2)]
+    models = [applied(kind, method, pooling) for _ in range(2)]
     with torch.no_grad():
         for p in trainable(models[1]).values(): p.add_(torch.randn_like(p), alpha=.1)
     batches = [random_batch(m.config, batch=3, length=9) for m in models]
@@ -111,10 +139,11 @@ def test_stack(kind, method):
     assert (torch.stack(alone) - together).abs().max() < 1e-4
 
 
+@poolings
 @pytest.mark.parametrize("method", METHODS, ids=label)
-def test_gradients(method):
+def test_gradients(method, pooling):
     "Two numbers of every tensor that learns, in float64: autograd against (L(p + ε) - L(p - ε)) / 2ε."
-    model = applied("bert", method).double()
+    model = applied("bert", method, pooling).double()
     batch = random_batch(model.config)
     model(**batch).loss.backward()
     g = torch.Generator().manual_seed(0)
@@ -151,20 +180,22 @@ def with_dropout(model, p):
 # LoRA's own dropout is torch's on both sides
 OUR_DROPOUT = [(kind, method) for kind, method in CELLS if not getattr(method, "lora_dropout", 0)]
 
+@poolings
 @pytest.mark.parametrize("kind, method", OUR_DROPOUT, ids=label)
-def test_speed_up(kind, method):
+def test_speed_up(kind, method, pooling):
     """In fp32 our dropout and attention, in use but with next to no probability, give the gradient of the plain model
     without any."""
-    plain = with_dropout(applied(kind, method), 0.)
-    ours = speed_up(with_dropout(applied(kind, method), 1e-9), "fp32", torch.device("cpu"))
+    plain = with_dropout(applied(kind, method, pooling), 0.)
+    ours = speed_up(with_dropout(applied(kind, method, pooling), 1e-9), "fp32", torch.device("cpu"))
     torch.testing.assert_close(gradient(ours), gradient(plain), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind, method", CELLS, ids=label)
-def test_bf16(kind, method):
+@poolings
+@cells
+def test_bf16(kind, method, pooling):
     "With the same dropout masks, the gradient in bf16 points where that in fp32 does."
     cpu = torch.device("cpu")
-    fp32, bf16 = [gradient(speed_up(applied(kind, method), p, cpu), p) for p in ("fp32", "bf16")]
+    fp32, bf16 = [gradient(speed_up(applied(kind, method, pooling), p, cpu), p) for p in ("fp32", "bf16")]
     assert torch.cosine_similarity(fp32, bf16, dim=0) > .99
 
 

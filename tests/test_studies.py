@@ -36,6 +36,13 @@ GOOD = "[mine]\ntask_name = rte\ndata = demo\n[mine.lora]\nrank = 4\n"
     (GOOD, ["study", "mine", "--engine", "slurm"], "engine must be local or ray"),
     (GOOD, ["study", "mine", "--stack", "0"], "stack must be auto, or a number from 1 on, got '0'"),
     (GOOD, ["study", "mine", "--engine", "ray", "--stack", "4"], "stack must be auto or 1 with --engine ray, got '4'"),
+    (GOOD.replace("[mine.lora]", "primary = adapter\n[mine.lora]"), ["study", "mine"],
+     "settings.ini [mine]: primary: 'adapter' is no method of the study: it has lora, lora r4"),
+    (GOOD.replace("[mine.lora]", "primary = lora\nmargin = 1,5\n[mine.lora]") + "[mine.full]\n", ["study", "mine"],
+     "settings.ini [mine]: margin must be a number of points between 0 and 100, got '1,5'"),
+    (GOOD.replace("[mine.lora]", "final_seeds = 1 2\n[mine.lora]\nlr = 1e-4 1e-3") + "[mine.full]\n", ["study", "mine"],
+     "the cells of study 'mine' choose from different numbers of configurations, which favours those with more: "
+     "rte full all has 1, rte lora r4 has 2; declare as many for each, or unequal_budgets = true in [mine]"),
     (GOOD, ["predict", "mine"], "no study 'mine'"),
     (GOOD, ["score", "nowhere", "--labels", "nowhere"], "'nowhere': no such folder"),
 ], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
@@ -43,6 +50,7 @@ def test_bad_input(command, tmp_path, settings, given, message):
     (tmp_path/"settings.ini").write_text(settings)
     code, out, err = command(*given, cwd=tmp_path, takes_outputs=given[0] != "score")
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert not list((tmp_path/"outputs").glob("*/runs"))
 
 
 def test_unreachable_ray(command, tmp_path):

@@ -1,6 +1,7 @@
 """What a change of the code's form leaves as it is: run ids, trainable parameters, and the losses of short runs.
 Runs with nothing but defaults are in test_identity."""
 import pytest, torch
+from test_identity import id_but_for_data
 from peft_study.config import RunConfig
 from peft_study.encoders import ROLES, tiny_config
 from peft_study.methods.core import apply_method, count
@@ -30,8 +31,8 @@ RUNS = {
 @pytest.mark.parametrize("run_id", RUNS)
 def test_run_id_and_parameters(run_id):
     parameters, settings = RUNS[run_id]
-    config = RunConfig(task_name="cola", **settings)
-    assert config.run_id == run_id
+    config = RunConfig(task_name="cola", data="demo", **settings)
+    assert id_but_for_data(config) == run_id
     model = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
     assert count(apply_method(model, config.method))["trainable"] == parameters
 

@@ -9,7 +9,7 @@ __all__ = ['prepend_prompt', 'drop_prompt', 'Prompt']
 from typing import Literal
 from fastcore.basics import patch
 from pydantic import Field
-from ..encoders import Sites, Sizes, get_family, get_sizes
+from ..encoders import Sites, Sizes, get_family, get_sizes, is_mean_pooled
 from ..glue import BadInput
 from .core import Method
 
@@ -31,7 +31,10 @@ def prepend_prompt(model, args, inputs:dict): # inputs: what the model was calle
 # %% ../../nbs/methods/08_prompt.ipynb #5ef34772
 def drop_prompt(encoder, inputs, output): # output.last_hidden_state (batch, n + length, H)
     "The hidden states of the words alone."
-    output.last_hidden_state = output.last_hidden_state[:, encoder.prompt_length:]
+    n = encoder.prompt_length
+    output.last_hidden_state = output.last_hidden_state[:, n:]
+    if output.hidden_states:   # DeBERTa's classifier reads the last of these
+        output.hidden_states = tuple(h[:, n:] for h in output.hidden_states)
     return output
 
 # %% ../../nbs/methods/08_prompt.ipynb #95b31090
@@ -39,7 +42,8 @@ class Prompt(Method):
     "Learned input embeddings before [CLS]; the head learns as well."
     prompt_length: int = Field(20, ge=1, description="n, the number of virtual tokens")
     read: Literal["cls", "first"] = Field(
-        "cls", description="classify from [CLS], or from the first position as 🤗 peft does")
+        "cls", description="classify from [CLS] (or the mean of words), or from the first position (or the mean of "
+                           "all) as 🤗 peft does")
 
     start = "other"
     variants = ("read",)
@@ -69,7 +73,8 @@ class Prompt(Method):
 # %% ../../nbs/methods/08_prompt.ipynb #2df2488c
 @patch
 def check(self:Prompt, config):
-    if self.read == "cls" and getattr(config, "classifier_pooling", "cls") != "cls":
+    reads_mean = getattr(config, "classifier_pooling", "cls") != "cls" and not is_mean_pooled(config)
+    if self.read == "cls" and reads_mean:
         raise BadInput(f"read 'cls' does not work with this {config.model_type}, which classifies from the mean of all "
                        "positions: use read 'first'")
     room = getattr(config, "max_position_embeddings", None)
