@@ -228,15 +228,17 @@ def hub_reason(error:BaseException) -> str:
     causes = _causes(error)
     kinds = {kind.__name__ for e in causes for kind in type(e).__mro__}
     status = next((e.response.status_code for e in causes if getattr(e, "response", None) is not None), None)
-    if "GatedRepoError" in kinds: return f"it is gated: accept its terms on its page of the Hub, then {_log_in}"
+    text = str(error)   # datasets says some of it in words alone
+    if "GatedRepoError" in kinds or "is a gated dataset" in text:
+        return f"it is gated: accept its terms on its page of the Hub, then {_log_in}"
     if "DisabledRepoError" in kinds: return "the Hub has disabled it"
     if status == 429: return f"the Hub has had too many requests from here (429): try again later, or {_log_in}"
-    if "RepositoryNotFoundError" in kinds or "HFValidationError" in kinds:
+    if kinds & {"RepositoryNotFoundError", "HFValidationError"} or "doesn't exist on the Hub" in text:
         return f"the Hub has nothing of this name; if it is private, {_log_in}"
     if "RevisionNotFoundError" in kinds: return "the Hub does not have this revision"
     if status == 401 or status == 403: return f"the Hub refuses it ({status}): {_log_in}"
     if status and status >= 500: return f"the Hub has a fault ({status}): try again later"
-    if "OfflineModeIsEnabled" in kinds or "LocalEntryNotFoundError" in kinds:
+    if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError"} or "Couldn't reach" in text:
         return "the Hub is not reached (no network, or HF_HUB_OFFLINE), and it is not in the cache"
     return reason(error)
 

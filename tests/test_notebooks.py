@@ -12,7 +12,8 @@ def notebook(text, tags=(), name="stdout"):
 STALE = [("prefix 1", "full 1"), ("96,027 parameters", "96,029 parameters"), ("score 0.71", "score 0.74"),
          ("one\ntwo", "one"), ("r8", "r4"), ("", "a line")]
 FRESH = [("loss 0.69314", "loss 0.69317"), ("6.7e-08", "1.2e-07"), ("a  b\nc", "a b c"),
-         ("<A at 0x7f00aa00bb00>", "<A at 0x7f11cc11dd11>"), ("ok\n", "10 examples [00:00, 12.5 examples/s]\nok\n")]
+         ("<A at 0x7f00aa00bb00>", "<A at 0x7f11cc11dd11>"), ("ok\n", "10 examples [00:00, 12.5 examples/s]\nok\n"),
+         ("step 2/2 · loss 0.6 · 9 examples/s\n1", "step 2/2 · loss 0.6 · 8 examples/s\n1")]
 
 
 @pytest.mark.parametrize("stored, found", STALE)
