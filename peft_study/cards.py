@@ -127,7 +127,7 @@ def _text(config:RunConfig, result:dict, library:str, place:str) -> str:
     encoder = hub_id(config.checkpoint) or without_path(config.checkpoint)
     settings = _table(["setting", "value"], _anywhere(config).flat().items())
     used = ", ".join(f"{package} {version}" for package, version in versions.items())
-    return f"""# {config.run_id}
+    return f"""# {result["run_id"]}
 
 {encoder}, trained with the method {config.method.label} on {dataset_of(config)["dataset_name"]}:
 {n["trainable"]:,} of {n["total"]:,} parameters learned ({n["share"]:.2%}).
@@ -162,7 +162,7 @@ def run_card(config:RunConfig, result:dict,
     on_hub = [task.hub[0]] if config.data == "hub" else None
     tags = ["peft_study", config.method.name, task.name]
     encoder = dict(base_model=hub_id(config.checkpoint), license=encoder_license(config.checkpoint))
-    data = ModelCardData(model_name=config.run_id, **encoder, library_name=library, pipeline_tag="text-classification",
+    data = ModelCardData(model_name=result["run_id"], **encoder, library_name=library, pipeline_tag="text-classification",
                          datasets=on_hub, tags=tags, eval_results=eval_results(config, result))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(config, result, library, place)}")
 

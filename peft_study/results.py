@@ -210,8 +210,8 @@ def made_up(label:str, score:float, seed:int=0, task_name:str="mrpc", **more # s
     fields = RunConfig.model_fields | find_method(method).model_fields
     settings = {k: v for k, v in more.items() if k in fields}
     config = RunConfig(task_name=task_name, method=method, seed=seed, **dict(study="made_up") | settings)
-    run_id = f"{config.run_id}-{score}" if config.data in ("hub", "demo") else f"{task_name}-{method}-{seed}-{score}"
     flat = config.flat()
+    run_id = f"{task_name}-{method}-s{seed}-{hashlib.sha256(str((flat, score)).encode()).hexdigest()[:8]}"
     row = dict(run_id=run_id, status="done", size=config.method.size, score=score, parameters_trainable=1)
     return row | flatten(dict(config=flat)) | more | dict(config=flat)
 
