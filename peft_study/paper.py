@@ -332,7 +332,8 @@ def origin(paper:Paper) -> str:
 def about_full(paper:Paper) -> str:
     if "full" not in paper.methods and "top_k" not in paper.methods: return ""
     everything = "All parameters of encoder and head are trained." if "full" in paper.methods else ""
-    top = ("Of the top $k$ layers, all weights are trained, with the pooler and the head; the embeddings and the "
+    beside = "the pooler and the head" if paper.runs.train_pooler.eq(True).any() else "the head"
+    top = (f"Of the top $k$ layers, all weights are trained, with {beside}; the embeddings and the "
            "layers below stay frozen.") if "top_k" in paper.methods else ""
     return sentences(everything, top)
 
@@ -476,6 +477,7 @@ def common_settings(paper:Paper) -> str:
     warmup = ", ".join(f"{v:.0%}" for v in sorted(set(runs.warmup_ratio.dropna())))
     poolers = set(runs.train_pooler.dropna().astype(bool))
     pooler = {(True,): "trained by every method", (False,): "frozen"}.get(tuple(poolers), "trained by some methods")
+    if "pooling" in runs and runs.pooling.eq("mean").all(): pooler = "none: the head reads the mean of the tokens"
     kept = listed(sorted(set(runs.keep))).replace("last", "of the last epoch").replace("best", "of the best epoch")
     rows = [["optimiser", _optimisers(paper)],
             ["weight decay", f"{of('weight_decay')}, on matrices only"],
