@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MINILM', 'hub_id', 'without_path', 'encoder_license', 'dataset_of', 'kept_scores', 'eval_results', 'command_of',
-           'run_card', 'score_rows', 'study_card', 'check_push', 'push']
+           'library_of', 'run_card', 'score_rows', 'study_card', 'check_push', 'push']
 
 # %% ../nbs/20_cards.ipynb #ca000003
 import re, shlex
@@ -91,6 +91,10 @@ def _anywhere(config:RunConfig) -> RunConfig:
     return config.model_copy(update=dict(data=without_path(config.data), checkpoint=without_path(config.checkpoint)))
 
 # %% ../nbs/20_cards.ipynb #ca000014
+def library_of(config:RunConfig) -> str:
+    "What loads an exported run."
+    return "sentence-transformers" if config.pooling == "mean" else "transformers"
+
 _MERGED = """from transformers import pipeline
 classify = pipeline("text-classification", model="{place}")
 classify(dict(text="…"{pair}))"""
@@ -100,13 +104,52 @@ from transformers import AutoModelForSequenceClassification
 encoder = AutoModelForSequenceClassification.from_pretrained("{encoder}", num_labels={n_outputs})
 model = PeftModel.from_pretrained(encoder, "{place}")"""
 
+def _python(code:str) -> str: return f"```python\n{code}\n```"
+
 def _use(config:RunConfig, library:str, place:str) -> str:
     "The lines that load the model."
+    if config.pooling == "mean": return _use_mean(config, library, place)
     task = get_task(config.task_name)
     encoder = hub_id(config.checkpoint) or without_path(config.checkpoint)
     pair = ', text_pair="…"' if len(task.columns) == 2 else ""
     form = _PEFT if library == "peft" else _MERGED
-    return form.format(place=place, encoder=encoder, n_outputs=task.n_outputs, pair=pair)
+    return _python(form.format(place=place, encoder=encoder, n_outputs=task.n_outputs, pair=pair))
+
+# %% ../nbs/20_cards.ipynb #7f4bf8dc
+_MEAN = """from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("{place}"){needs}
+logits = model.encode([{texts}])   # (texts, outputs){decide}"""
+
+_ABOUT_MEAN = """The head, one linear layer, reads the mean of the tokens' last hidden states, [CLS] and [SEP] as well.
+What `encode` gives are logits, and no embeddings. `AutoModelForSequenceClassification` has no such head and would put
+an untrained one on the encoder. Without sentence-transformers it is:"""
+
+_MEAN_PLAIN = """from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+{folder}
+encoder = {encoder}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+batch = tokenizer({arguments}, truncation=True, max_length={max_length}, return_tensors="pt")
+h, mask = encoder(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+head = load_file(folder + "/2_Dense/model.safetensors")
+logits = (h * mask).sum(1) / mask.sum(1) @ head["linear.weight"].T + head["linear.bias"]"""
+
+def _use_mean(config:RunConfig, library:str, place:str) -> str:
+    "The lines that load a classifier of means: with sentence-transformers, and without."
+    task, needs = get_task(config.task_name), ""
+    folder, encoder = f'folder = "{place}"', "AutoModel.from_pretrained(folder)"
+    if place != "FOLDER":
+        folder = f'from huggingface_hub import snapshot_download\nfolder = snapshot_download("{place}")'
+    if library == "peft":
+        needs, encoder = "   # needs peft as well", hub_id(config.checkpoint) or without_path(config.checkpoint)
+        folder = "from peft import PeftModel\n" + folder
+        encoder = f'PeftModel.from_pretrained(AutoModel.from_pretrained("{encoder}"), folder).eval()'
+    pair = len(task.columns) == 2
+    texts = '"…", "…"' if pair else '"…"'
+    decide = f"\n[{list(task.labels)}[i] for i in logits.argmax(1)]" if task.labels else ""
+    short = _MEAN.format(place=place, needs=needs, texts=f"({texts})" if pair else texts, decide=decide)
+    plain = _MEAN_PLAIN.format(folder=folder, encoder=encoder, arguments=texts, max_length=config.max_length)
+    return "\n\n".join([_python(short), _ABOUT_MEAN, _python(plain)])
 
 # %% ../nbs/20_cards.ipynb #ca000015
 def _table(header, rows) -> str:
@@ -127,7 +170,7 @@ def _text(config:RunConfig, result:dict, library:str, place:str) -> str:
     encoder = hub_id(config.checkpoint) or without_path(config.checkpoint)
     settings = _table(["setting", "value"], _anywhere(config).flat().items())
     used = ", ".join(f"{package} {version}" for package, version in versions.items())
-    return f"""# {config.run_id}
+    return f"""# {result["run_id"]}
 
 {encoder}, trained with the method {config.method.label} on {dataset_of(config)["dataset_name"]}:
 {n["trainable"]:,} of {n["total"]:,} parameters learned ({n["share"]:.2%}).
@@ -136,9 +179,7 @@ def _text(config:RunConfig, result:dict, library:str, place:str) -> str:
 
 ## Use
 
-```python
 {_use(config, library, place)}
-```
 
 ## How it was made
 
@@ -162,7 +203,7 @@ def run_card(config:RunConfig, result:dict,
     on_hub = [task.hub[0]] if config.data == "hub" else None
     tags = ["peft_study", config.method.name, task.name]
     encoder = dict(base_model=hub_id(config.checkpoint), license=encoder_license(config.checkpoint))
-    data = ModelCardData(model_name=config.run_id, **encoder, library_name=library, pipeline_tag="text-classification",
+    data = ModelCardData(model_name=result["run_id"], **encoder, library_name=library, pipeline_tag="text-classification",
                          datasets=on_hub, tags=tags, eval_results=eval_results(config, result))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(config, result, library, place)}")
 

@@ -213,17 +213,19 @@ def export(run_folder:RunFolder,
            to:Annotated[Path, typer.Option(help="a new folder")],
            peft:Annotated[bool, typer.Option("--peft", help="the adapter for 🤗 peft, not a merged model")]=False,
            push:Push=None):
-    "A run as a plain 🤗 checkpoint, merged, where its method can; with a model card."
-    from peft_study.cards import check_push, push as upload
+    "A run as a folder for 🤗 transformers (or sentence-transformers), merged, where its method can; with a card."
+    from peft_study.cards import check_push, library_of, push as upload
     from peft_study.exchange import export, export_peft, without_places
     from peft_study.runs import read_config
     if push: check_push(push)
     export_as = export_peft if peft else export
     export_as(run_folder, to, push or "FOLDER")
-    loader = "peft.PeftModel" if peft else "AutoModelForSequenceClassification"
-    print(f"{to}: load it with {loader}.from_pretrained")
+    config = read_config(run_folder)
+    loader = f"{'peft.PeftModel' if peft else 'AutoModelForSequenceClassification'}.from_pretrained"
+    if library_of(config) == "sentence-transformers": loader = "sentence_transformers.SentenceTransformer"
+    print(f"{to}: load it with {loader}")
     if not push: return
-    without_places(to, read_config(run_folder))
+    without_places(to, config)
     print(upload(to, push))
 
 # %% ../nbs/26_cli.ipynb #c1000022

@@ -186,7 +186,9 @@ def mean_pooled_(model # 🤗 …ForSequenceClassification, changed in place
     for path in filter(None, (*family.head, family.pooler, family.dropout)):
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, None)
-    model.classifier, model.dropout = nn.Linear(config.hidden_size, config.num_labels), nn.Dropout(p)
+    as_others = dict(device=model.device, dtype=model.dtype)
+    model.classifier = nn.Linear(config.hidden_size, config.num_labels, **as_others)
+    model.dropout = nn.Dropout(p)
     model.__class__ = type(type(model).__name__, (MeanPooled, type(model)), {})
     config.pooling = "mean"
     return model.train(model.training)   # the new modules as well

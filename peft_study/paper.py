@@ -7,10 +7,10 @@ __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates',
            'within', 'with_interval', 'points_from', 'capital', 'Paper', 'against', 'tally', 'decided',
            'encoder_config', 'common_parameters', 'learning_parts', 'abstract', 'code_address', 'origin', 'about_full',
            'about_probe', 'layer_figure', 'methods_table', 'data_text', 'data_table', 'setup_table', 'common_settings',
-           'setup_text', 'protocol_text', 'status_text', 'not_run', 'scores_text', 'told_apart', 'after_holm',
-           'comparison_text', 'parameters_table', 'parameters_text', 'difference_to_full', 'enough', 'in_order_of',
-           'flattery', 'edges', 'is_edge', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text', 'cost_is_drawn',
-           'chosen_runs', 'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict',
+           'setup_text', 'protocol_text', 'status_text', 'not_run', 'scores_text', 'primary_line', 'primary_lines',
+           'primary_text', 'answers_table', 'told_apart', 'comparison_text', 'parameters_table', 'parameters_text',
+           'difference_to_full', 'flattery', 'edges', 'is_edge', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text',
+           'cost_is_drawn', 'chosen_runs', 'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict',
            'official_verdict', 'init_text', 'official_text', 'with_others', 'other_methods', 'others_figure',
            'others_table', 'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text',
            'published_table', 'published_figure', 'map_figure', 'scaling_figure', 'relative_figure', 'tuning_figure',
@@ -24,7 +24,7 @@ from functools import cache, cached_property
 from pathlib import Path
 import pandas as pd
 from .cards import command_of
-from .config import RunConfig, read_study
+from .config import Questions, RunConfig, read_study
 from .data import minilm_folder
 from .demo import MAKERS
 from .demo import SIZES as DEMO_SIZES
@@ -37,12 +37,13 @@ from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, di
                               relative_to_full, score_vs_parameters, shown_encoder, shown_method, shown_metrics,
                               shown_size)
 from .report import (Marks, Trace, against_table, as_it_is, half_width, ordered_cells, markdown_table,
-                               pair_table, percent, points)
-from .results import (CELL, PLACE, DevExamples, best_sizes, budget_curves, cell_means, compare,
-                                compare_over_tasks, compare_pairs, done, floors, load_runs, methods_in, not_reported,
-                                paired, predictions_of, reported, runs_of, studies, usual_claims)
+                               p_text, pair_table, percent, points, primary_table)
+from .results import (CELL, PLACE, DevExamples, answers, asked, best_sizes, budget_curves, cell_means,
+                                compare, compare_over_tasks, compare_pairs, done, epoch_scores, floors, load_runs,
+                                methods_in, not_reported, paired, predictions_of, reported, runs_of, studies,
+                                usual_claims)
 from .runs import git, read_config, read_record
-from .statistics import glue_score, holm, is_enough
+from .statistics import glue_score
 
 # %% ../nbs/24_paper.ipynb #47d1884d
 def listed(words) -> str:
@@ -138,6 +139,7 @@ class Paper:
         self.tuned = "tune_share" in self.runs and bool((self.runs.tune_share > 0).any())
         self.encoders = [shown_encoder(c) for c in dict.fromkeys(self.runs.checkpoint)]
         self.seeds = int(self.cells.n.max())   # of the cell that has most
+        self.questions = asked(study, self.outputs)
 
     @cached_property
     def marks(self): return Marks(self.table, self.examples)
@@ -157,6 +159,12 @@ class Paper:
 
     @property
     def telling_places(self) -> list[tuple]: return [place for place in self.places if place not in self.idle]
+
+    @cached_property
+    def answers(self): return answers(self.table, self.questions, self.examples) if self.questions else None
+
+    @cached_property
+    def epochs(self): return epoch_scores(runs_of(self.table, self.best), self.outputs)
 
     @cached_property
     def usual(self): return usual_claims(self.table)
@@ -330,7 +338,8 @@ def origin(paper:Paper) -> str:
 def about_full(paper:Paper) -> str:
     if "full" not in paper.methods and "top_k" not in paper.methods: return ""
     everything = "All parameters of encoder and head are trained." if "full" in paper.methods else ""
-    top = ("Of the top $k$ layers, all weights are trained, with the pooler and the head; the embeddings and the "
+    beside = "the pooler and the head" if paper.runs.train_pooler.eq(True).any() else "the head"
+    top = (f"Of the top $k$ layers, all weights are trained, with {beside}; the embeddings and the "
            "layers below stay frozen.") if "top_k" in paper.methods else ""
     return sentences(everything, top)
 
@@ -474,6 +483,7 @@ def common_settings(paper:Paper) -> str:
     warmup = ", ".join(f"{v:.0%}" for v in sorted(set(runs.warmup_ratio.dropna())))
     poolers = set(runs.train_pooler.dropna().astype(bool))
     pooler = {(True,): "trained by every method", (False,): "frozen"}.get(tuple(poolers), "trained by some methods")
+    if "pooling" in runs and runs.pooling.eq("mean").all(): pooler = "none: the head reads the mean of the tokens"
     kept = listed(sorted(set(runs.keep))).replace("last", "of the last epoch").replace("best", "of the best epoch")
     rows = [["optimiser", _optimisers(paper)],
             ["weight decay", f"{of('weight_decay')}, on matrices only"],
@@ -527,10 +537,14 @@ def _budget_text(paper:Paper) -> str:
     for place, title in paper.places.items():
         cells = at_place(paper.cells, place)
         few, many = (cells.loc[i] for i in (cells.tried.idxmin(), cells.tried.idxmax()))
-        if few.tried < many.tried: return _unequal_text(title, few, many)
+        if few.tried < many.tried: return _unequal_text(title, few, many) + _unequal_on_purpose(paper)
         titles.setdefault(plural(int(few.tried), "configuration"), []).append(title)
     if len(titles) == 1: return f"Each cell tries {listed(titles)}."
     return f"Each cell tries {listed(f'{n} on {listed(on)}' for n, on in titles.items())}."
+
+def _unequal_on_purpose(paper:Paper) -> str:
+    declared = read_record(paper.study, paper.outputs).get("unequal_budgets")
+    return " The study declares this (`unequal_budgets`)." if declared else ""
 
 def _unequal_text(title, few, many) -> str:
     def named(c): return f"{with_size(c.label, c['size'])} on {title} has {c.tried:.0f}"
@@ -611,7 +625,12 @@ def _former(paper:Paper) -> str:
             f"longer the chosen one, or code of one's own has changed since ({which}).")
 
 def _other_code(paper:Paper) -> str:
-    n = int(paper.runs.other_code.sum())
+    n, canaries = int(paper.runs.other_code.sum()), paper.runs.provenance_canary
+    if canaries.notna().all():
+        if not n: return "All runs of a method have one canary: the same losses in a few fixed steps."
+        labels = methods_in(paper.runs[paper.runs.other_code])
+        which = listed(map(in_words, labels))
+        return f"Not all runs have the canary of the newest run of their method: {n} of {which} differ."
     if not n: return ""
     return (f"{n} of {plural(len(paper.runs), 'reported run')} {'is' if n == 1 else 'are'} of another version of "
             "the code than the newest (@tbl-environment).")
@@ -685,28 +704,77 @@ def _glue_text(paper:Paper) -> str:
     means = listed(f"{written(s)} for {in_words(m)}" for m, s in complete.items())
     return f"The means over GLUE's eight tasks without WNLI are {means}."
 
+# %% ../nbs/24_paper.ipynb #532f8214
+def _side_name(label:str, size:str|None) -> str: return with_size(label, size) if size else in_words(label)
+
+def _question(contrast) -> str:
+    sides = _side_name(contrast.label, contrast.size), _side_name(contrast.against, contrast.against_size)
+    return " against ".join(sides)
+
+def primary_line(paper:Paper, row) -> str: # row: of `answers`
+    "A question with its answer: difference, interval, p, how far below at most, and what the margin says."
+    if row.lacks:
+        return f"{capital(_question(row))}: no answer yet, for lack of {listed(get_task(t).title for t in row.lacks)}."
+    subject, other = _side_name(row.label, row.size), _side_name(row.against, row.against_size)
+    start = f"{capital(subject)} {be(row.label)} {points_from(row.difference)} {other}"
+    if row.low != row.low: return f"{start}; without an interval, which needs three seeds that vary."
+    p = p_text(row.p_holm)
+    holm = "" if len(paper.answers) == 1 else f" by Holm's correction over {len(paper.answers)} questions"
+    most = f"at most {number(100 * row.at_most)} points below"
+    if row.low > 0: most = f"at least {number(100 * row.low)} points above"
+    told = dict(within="within the margin", below="beyond the margin", open="open at the margin").get(row.verdict)
+    told = f", {told} of {paper.questions.margin:g} points" if told else ""
+    return f"{start}{within(row.low, row.high)}, p {p if p[0] == '<' else f'= {p}'}{holm}: {most}{told}."
+
+def _asked_before(paper:Paper) -> str:
+    before = read_record(paper.study, paper.outputs).get("questions_before", [])
+    if not before: return ""
+    def named(asked):
+        if asked is None: return "none"
+        found = Questions(**asked)
+        margin = f", margin {found.margin:g}" if found.margin else ""
+        tasks = listed(get_task(task).title for task in found.tasks)
+        return f"{'; '.join(map(_question, found.primary))} (on {tasks}{margin})"
+    former = ", then ".join(map(named, before))
+    return f"**The questions were changed after the first run.** Before, they were: {former}."
+
+# %% ../nbs/24_paper.ipynb #fe535f27
+def primary_lines(paper:Paper) -> str:
+    "Markdown, a list of the questions with their answers; empty where nothing was asked."
+    if not paper.questions: return ""
+    return "\n".join(f"- {primary_line(paper, row)}" for row in paper.answers.itertuples())
+
+def primary_text(paper:Paper) -> str:
+    "Markdown: the questions that were declared beforehand, a line each, and what else there is."
+    rest = "comparisons are descriptive: no p is corrected for their number, and some are remarkable by chance."
+    none = f"The study declares no primary question. Its {rest}"
+    if not paper.questions: return sentences(none, _asked_before(paper))
+    tasks = listed(get_task(task).title for task in paper.questions.tasks)
+    start = (f"The study declares {plural(len(paper.answers), 'question')} with its grid, on the mean over {tasks}. "
+             "@tbl-primary has the answers, in pairs of a seed. Holm's correction [@holm1979simple] is over these "
+             "alone.")
+    return "\n\n".join(filter(None, [start, primary_lines(paper), f"All other {rest}", _asked_before(paper)]))
+
+def answers_table(paper:Paper) -> str:
+    "Markdown; empty where nothing was asked."
+    if not paper.questions: return ""
+    def name(label, size): return capital(_side_name(label, size))
+    return primary_table(paper.answers, paper.questions.margin, name)
+
 # %% ../nbs/24_paper.ipynb #6e4a500e
-def told_apart(paper:Paper, source:str="") -> str:
-    "In how many comparisons more than chance is seen, and in which after Holm's correction; empty without tests."
+def told_apart(paper:Paper) -> str:
+    "In how many comparisons more than chance is seen; empty without tests."
     known = paper.comparisons[paper.comparisons.p.notna()]
     if known.empty: return ""
     apart = int(((known.high < 0) | (known.low > 0)).sum())
-    left = known[known.p_holm < .05]
-    def where(label): return paper.on(title for place, title in paper.places.items()
-                                      if len(at_place(left[left.label == label], place)))
-    named = [f"{in_words(label)} on {where(label)}" for label in methods_in(left)]
     return (f"Task by task, the 95% interval of the difference excludes zero in "
-            f"{out_of(apart, len(known), 'comparison')}; {after_holm(named, len(known), source)}.")
-
-def after_holm(named:list[str], n:int, source:str="") -> str: # named: those of `n` comparisons with p below 0.05
-    which = f"for {'; '.join(named)}" if named else "in none"
-    return f"after Holm's correction{source} over these {n}, p is below 0.05 {which}"
+            f"{out_of(apart, len(known), 'comparison')}; of differences that are none, it would in one of twenty.")
 
 def comparison_text(paper:Paper) -> str:
     "What the tests against full fine-tuning say."
     if paper.comparisons.empty: return ""
     start = "@tbl-tests compares each method with full fine-tuning, and @fig-map shows the differences."
-    counted = told_apart(paper, " [@holm1979simple]")
+    counted = told_apart(paper)
     if not counted:
         return f"{start} Intervals and tests need three seeds, which no comparison has: no difference is claimed."
     return sentences(start, counted, _over_tasks(paper))
@@ -719,13 +787,10 @@ def _over_tasks(paper:Paper) -> str:
     def verdict(t):
         here = compared[(compared.label == t.label) & (compared.encoder == t.encoder)]
         on = f" with {shown_encoder(t.encoder)}" if over.encoder.nunique() > 1 else ""
-        tested = t.tasks > 5 and t.p_holm == t.p_holm   # of five tasks or fewer, p cannot be below 0.05
-        p = f" (Wilcoxon's test over tasks, p = {t.p_holm:.3f} after Holm's correction)" if tested else ""
         ahead = f"ahead on {out_of(int((here.difference > 0).sum()), len(here), 'task')}"
         return (f"{in_words(t.label)}{on} {be(t.label)} {ahead} and {points_from(here.difference.mean())} it on "
-                f"average{p}")
-    sources = " Tests over tasks are those of @demsar2006statistical." if (over.tasks > 5).any() else ""
-    return f"Against full fine-tuning, {'; '.join(map(verdict, over.itertuples()))}.{sources}"
+                "average")
+    return f"Against full fine-tuning, {'; '.join(map(verdict, over.itertuples()))}."
 
 # %% ../nbs/24_paper.ipynb #d8b8b289
 def parameters_table(paper:Paper) -> str:
@@ -755,7 +820,7 @@ def parameters_text(paper:Paper) -> str:
         share = f"Of the {least.trainable:,.0f} parameters of {which}, {of_method:.0%} are the method's own."
     figures = "@tbl-sizes has the score of every size, and @fig-scaling draws it."
     relative = "@fig-relative shows the same relative to full fine-tuning." if len(paper.comparisons) else ""
-    return sentences(start, share, figures, relative, _enough_text(paper))
+    return sentences(start, share, figures, relative)
 
 # %% ../nbs/24_paper.ipynb #1f9d6126
 def difference_to_full(paper:Paper, cell) -> dict|None:
@@ -766,53 +831,6 @@ def difference_to_full(paper:Paper, cell) -> dict|None:
     found = paired(runs_of(paper.table, cell), runs_of(paper.table, full), paper.examples)
     return found | dict(full=full.score.iloc[0])
 
-def _keeps(found:dict, share:float=.99) -> bool|None:
-    "Whether `share` of full fine-tuning's score is kept, where three seeds tell."
-    if found["n"] < 3: return None
-    low, high = found["low"], found["high"]
-    if low != low: low = high = found["difference"]   # all seeds differ by the same
-    return is_enough(low, high, (1 - share) * found["full"])
-
-def enough(paper:Paper) -> tuple[list[str], list[str], list[str], int, int]:
-    """In words, each method's smallest size that keeps 99% of full fine-tuning's score, and all that do not, with their
-    tasks; the tasks on which none does; of how many comparisons how many are open."""
-    yes, no, kept_on, n, still_open = {}, {}, {}, 0, 0
-    cells = paper.telling(paper.cells)
-    cells = cells[cells.label.isin([*paper.rest(), "head"])].sort_values("parameters")
-    for i in range(len(cells)):
-        cell = cells.iloc[[i]]
-        found = difference_to_full(paper, cell)
-        if found is None: continue
-        n += 1
-        label, size, title = cell.label.iloc[0], cell["size"].iloc[0], paper.places[tuple(cell[PLACE].iloc[0])]
-        kept = _keeps(found)
-        if kept is None: still_open += 1
-        elif kept: yes.setdefault((label, title), size)   # the first is the smallest
-        else: no.setdefault((label, size), []).append(title)
-        kept_on[title] = kept_on.get(title) or kept
-    smallest = {}
-    for (label, title), size in yes.items(): smallest.setdefault((label, size), []).append(title)
-    lacking = in_order_of(paper, [title for title, kept in kept_on.items() if not kept])
-    return _by_cell(paper, smallest), _by_cell(paper, no), lacking, n, still_open
-
-def in_order_of(paper:Paper, titles) -> list[str]: return sorted(titles, key=list(paper.places.values()).index)
-
-def _by_cell(paper:Paper, titles:dict) -> list[str]: # (label, size) → titles of tasks
-    ordered = sorted(titles, key=lambda which: paper.methods.index(which[0]))   # and by size, as they came
-    return [f"{with_size(*which)} on {paper.on(in_order_of(paper, titles[which]))}" for which in ordered]
-
-def _enough_text(paper:Paper) -> str:
-    if paper.comparisons.empty or paper.seeds < 3 or not paper.rest(): return ""
-    yes, no, lacking, n, still_open = enough(paper)
-    start = "Enough is what keeps 99% of the score of full fine-tuning."
-    shown = f"The 95% interval of the difference shows this for {'; '.join(yes) or 'no size'}"
-    if yes and lacking: shown += f", and for none on {paper.on(lacking)}"
-    refuted = f"It excludes this for {'; '.join(no)}." if no else ""
-    rest = f"It leaves {out_of(still_open, n, 'comparison')} open." if still_open else ""
-    several = yes and len(paper.cells) > len(paper.best)
-    named = "Of several sizes that are enough, the smallest is named." if several else ""
-    return sentences(start, f"{shown}.", refuted, rest, named)
-
 # %% ../nbs/24_paper.ipynb #11f87410
 def flattery(paper:Paper) -> str:
     "By how much choosing on dev would have flattered each method."
@@ -821,8 +839,8 @@ def flattery(paper:Paper) -> str:
     by = listed(f"{number(100 * gains[m])} points for {in_words(m)}" for m in methods_in(usual))
     n = len(usual[PLACE].drop_duplicates())
     over = f" over {plural(n, paper.unit())}" if n > 1 else ""
-    return ("The best dev score of all configurations and epochs, which is what choosing on dev would claim, is higher "
-            f"than that of the tuning split's choice from the same runs: on average{over} by {by}.")
+    return ("The best dev score of all configurations and epochs of the grid, which is what choosing on dev would "
+            f"claim, is higher than the score that is reported: on average{over} by {by}.")
 
 def edges(table, cells, titles:dict # place → its name
          ) -> dict[str, list[str]]: # name of the place → in words
@@ -855,7 +873,7 @@ def tuning_text(paper:Paper) -> str:
                  "cannot be measured.")
     else:
         usual = ("@tbl-usual shows what the usual way, choosing configuration and epoch on dev, would have claimed "
-                 f"from the runs that tune. {flattery(paper)}")
+                 f"from the runs that tune, beside what is reported. {flattery(paper)}")
     drawn = ("@fig-tuning shows the expected dev score of the best of a number of tried configurations, by the "
              "unbiased estimate of @tang2020showing; @dodge2019show introduced such curves.") if several else ""
     return sentences(usual, drawn, at_the_edge(edges(paper.table, paper.cells, paper.places)))
@@ -874,16 +892,20 @@ def cost_text(paper:Paper) -> str:
             "have no comparable timings; the command `peft-study bench` measures speed under equal conditions.")
 
 def cost_is_drawn(paper:Paper) -> bool:
-    labels = paper.best.groupby(PLACE).label.nunique()
-    return has_costs(paper) and len(paper.methods) > 1 and bool((labels == paper.best.label.nunique()).any())
+    best = paper.telling(paper.best)
+    labels = best.groupby(PLACE).label.nunique()
+    return has_costs(paper) and len(paper.methods) > 1 and bool((labels == best.label.nunique()).any())
 
 def chosen_runs(paper:Paper): return runs_of(paper.table, paper.best)
 
 def curves_text(paper:Paper) -> str:
-    logs = [paper.outputs/r.study/"runs"/r.run_id/"metrics.jsonl" for r in chosen_runs(paper).itertuples()]
-    if not any(log.is_file() for log in logs): return ""
-    return ("@fig-curves shows training loss and dev score of the chosen configuration and size of each method, a "
-            "line for each seed.")
+    "Empty where the runs of all methods, or of all but one, have left no log."
+    here = set(paper.epochs.label)
+    lacks = [m for m in paper.methods if m not in here]
+    if not here or (len(here) == 1 and lacks): return ""
+    missing = f"There are no logs of {listed(map(in_words, lacks))}." if lacks else ""
+    return sentences("@fig-curves shows the dev score after each epoch, of the chosen configuration and size of each "
+                     "method.", missing)
 
 # %% ../nbs/24_paper.ipynb #4dbb78f9
 PAIRED = dict(ablation_init=("a comparison of two initialisations of adapters", "init", [("near", "framework")]),
@@ -956,9 +978,7 @@ def _verdict(paper:Paper, name:str, groups:list[tuple], other:str) -> str: # gro
     groups = [(f"{where}, {groups[0][0]}", groups[0][1]), *groups[1:]]
     unit = "task" if all(rows.task_name.is_unique for _, rows in groups) else "comparison"
     each = [decided(subject, _tally_of_pairs(paper, name, rows), other, unit) for subject, rows in groups]
-    low = int((found.p_holm < .05).sum())
-    known = f"After Holm's correction, p is below 0.05 in {out_of(low, len(found), 'comparison')}."
-    return sentences(*each, known if found.p.notna().all() else "")
+    return sentences(*each)
 
 def init_text(paper:Paper) -> str:
     if not init_table(paper): return ""
@@ -991,8 +1011,8 @@ _PAIR = ["label", "size", "against", "against_size"]
 
 @cache
 def other_methods(paper:Paper) -> pd.DataFrame:
-    """A row for each cell of `methods`, its `score` ± `half` of the interval, and what it is `against`: `paired`, and
-    `p_holm` over all rows. Of the `parameters`, those but pooler and head are its `own`."""
+    """A row for each cell of `methods`, its `score` ± `half` of the interval, and what it is `against`: `paired`. Of
+    the `parameters`, those but pooler and head are its `own`."""
     both, rows = with_others(paper), []
     cells = ordered_cells(cell_means(both, paper.examples))
     for place in place_names(reported(both)):
@@ -1011,8 +1031,7 @@ def other_methods(paper:Paper) -> pd.DataFrame:
                 if found["n"]: rows.append(about | names | found)
     columns = [*CELL, "method", "parameters", "own", "score", "half", "against", "against_size", "against_parameters",
                "against_own", "difference", "n", "low", "high", "p"]
-    found = pd.DataFrame(rows, columns=columns)
-    return found.assign(p_holm=holm(found.p))
+    return pd.DataFrame(rows, columns=columns)
 
 def _sides_of(cell, here): # a row, and all rows of its place
     "Full fine-tuning; of a variant also its basic form, in the same size and with the nearest number of parameters."
@@ -1035,13 +1054,10 @@ def others_verdict(paper:Paper, in_numbers:bool=True) -> str:
              for _, rows in found.groupby(_PAIR, sort=False)]
     sides.sort(key=lambda side: (-side[1]["n"], side[2], -side[1]["difference"]))
     to_full, to_basic = ([side for side in sides if (side[0].against == "full") == full] for full in (True, False))
-    p_holm = holm([row["p"] for _, row, _ in sides])
-    left = [_pair_name(first, ratio=False) for (first, *_), p in zip(sides, p_holm) if p < .05]
-    known = f"{capital(after_holm(left, len(sides)))}." if not any(p != p for p in p_holm) else ""
     basic = "the basic form of the same size or the nearest number of parameters (pooler and head apart)"
     of_full = _sides_text if in_numbers else _sides_by_name
-    return sentences(of_full(to_full, "full fine-tuning"), _sides_text(to_basic, basic), known,
-                     _houlsby_text(to_basic), _others_learned(paper))
+    return sentences(of_full(to_full, "full fine-tuning"), _sides_text(to_basic, basic), _houlsby_text(to_basic),
+                     _others_learned(paper))
 
 def _titles_of(paper:Paper, rows) -> str:
     titles = place_names(reported(with_others(paper)))
@@ -1127,8 +1143,8 @@ def published_text(paper:Paper) -> str:
 def published_scaling_text(paper:Paper) -> str:
     if not paper.of_glue: return ""
     return ("In @fig-published, accuracy rises with the number of trainable parameters until it is near that of "
-            "training all twelve layers (84.1%). Adapters reach 99% of that score with 2.4 million parameters and "
-            "LoRA with 4.7 million, where training the top layers takes 43 million.")
+            "training all twelve layers (84.1%). Adapters and LoRA are less than one point below that with "
+            "2.4 million parameters, where training the top layers takes 36 million.")
 
 _PUBLISHED = {task.name: task.title for task in TASKS.values()} | dict(
     adapter="adapters", lora="LoRA", prefix="prefix tuning", bitfit="BitFit", matthews="Matthews", f1="F1",
@@ -1152,13 +1168,13 @@ def scaling_figure(paper:Paper):
     known = dict(mnli=published("seed_mnli_scaling.csv")) if "mnli" in paper.tasks and not paper.synthetic else None
     return score_vs_parameters(paper.table, published=known, examples=paper.examples)
 
-def relative_figure(paper:Paper): return relative_to_full(paper.table)
+def relative_figure(paper:Paper): return relative_to_full(paper.telling(paper.table))
 
 def tuning_figure(paper:Paper): return expected_best_figure(paper.table)
 
-def cost_figure(paper:Paper): return cost_vs_score(paper.table)
+def cost_figure(paper:Paper): return cost_vs_score(paper.telling(paper.table))
 
-def curves_figure(paper:Paper): return curves_by_place(chosen_runs(paper), paper.outputs)
+def curves_figure(paper:Paper): return curves_by_place(paper.epochs) if curves_text(paper) else None
 
 # %% ../nbs/24_paper.ipynb #03c842dc
 def about_encoder(paper:Paper) -> str:
@@ -1270,7 +1286,8 @@ def conclusion(paper:Paper) -> str:
     scope = "These answers are about synthetic tasks." if paper.synthetic else ""
     times = "Training times are in @tbl-cost, and compare only where runs had a machine to themselves."
     if not has_costs(paper): times = ""
-    answers = [f"**How close?** {_how_close(paper)}",
+    answers = [primary_lines(paper),
+               f"**How close?** {_how_close(paper)}",
                f"**How many parameters?** {_how_many(paper)}",
                f"**At what cost?** {sentences(_at_what_cost(paper), times)}"]
     return "\n\n".join(filter(None, [*answers, scope]))
@@ -1282,7 +1299,7 @@ def _how_close(paper:Paper) -> str:
     sizes = "" if len(paper.cells) == len(paper.best) else "Each method has the size that was chosen on each task."
     each = [_against(row, other, paper.unit()) for row, other in found]
     caution = "" if any(row["known"] for row, _ in found) else "Without three seeds, none of this is told from chance."
-    return sentences(sizes, *each, _holm_of_means(found), caution)
+    return sentences(sizes, *each, caution)
 
 def _against(row:dict, baseline:str, unit:str) -> str: # row: of `against`
     label = row["label"]
@@ -1295,20 +1312,13 @@ def _each_other(paper:Paper) -> list[tuple]: # (row of `against`, other method)
     return [(row, other) for i, other in enumerate(few) for row in against(paper, other).to_dict("records")
             if row["label"] in few[:i]]
 
-def _holm_of_means(found:list[tuple]) -> str: # of means over several tasks
-    means = [(row, other) for row, other in found if row["n"] > 1]
-    p_holm = holm([row["p"] for row, _ in means])
-    if len(means) < 2 or any(p != p for p in p_holm): return ""
-    def named(label, other): return in_words(label) + ("" if other == "full" else f" against {in_words(other)}")
-    left = [named(row["label"], other) for (row, other), p in zip(means, p_holm) if p < .05]
-    return f"{capital(after_holm(left, len(means)))}."
-
 def _how_many(paper:Paper) -> str:
     compared = paper.telling(paper.comparisons)
     probe = compared[compared.label == "head"].difference
     lacking = "full fine-tuning" if paper.comparisons.empty else "three seeds"
-    unknown = f"Whether few are enough is not known without {lacking}." if paper.rest() else ""
-    text = [_enough_text(paper) or unknown]
+    known = paper.seeds >= 3 and not paper.comparisons.empty
+    unknown = f"Whether few are enough is not known without {lacking}." if paper.rest() and not known else ""
+    text = [unknown]
     mean = " on average" if len(probe) > 1 else ""
     if len(probe):
         text.append("The linear probe, which trains no layer of the encoder, is "
@@ -1446,7 +1456,7 @@ def in_short(paper:Paper) -> str:
     what = f"{listed(paper.encoders)} on {paper.where()}, {runs}; dev scores of {seeds}"
     if paper.two_stages: what += ", after another seed has tuned on a held-out part of the training set"
     learned = [] if paper.marks.learned.empty else [f"- **What learns?** {_learned_text(paper)}"]
-    answers = [*learned,
+    answers = [*filter(None, [primary_lines(paper)]), *learned,
                f"- **How close?** {sentences(_how_close(paper), told_apart(paper))}",
                f"- **How many parameters?** {_how_many(paper)}"]
     if has_costs(paper): answers.append(f"- **At what cost?** {_at_what_cost(paper)}")

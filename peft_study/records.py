@@ -6,13 +6,15 @@
 __all__ = ['records_folder', 'publish', 'adopt', 'adopt_all', 'begun']
 
 # %% ../nbs/14_records.ipynb #49586052
-import re, shutil
+import json, re, shutil
 from pathlib import Path
 from zipfile import ZipFile
 import nbformat
+import pandas as pd
 from .files import BadInput, read_json, repository
 from .glue import TASKS, splits
-from .results import DEV_FILE, done, predictions_of, publish_predictions, reported, write_results
+from .results import (DEV_FILE, EPOCHS_FILE, done, predictions_of, publish_epochs, publish_predictions,
+                                reported, write_results)
 from .runs import is_done, make_folder, read_record, write_atomic, write_json
 
 # %% ../nbs/14_records.ipynb #a21d4341
@@ -55,7 +57,8 @@ def publish(study:str, outputs="outputs",
     if done(table).empty: raise BadInput(f"study {study!r} has no finished run to publish")
     for run_id in done(table).run_id: _publish_run(source/"runs"/run_id, to/"runs"/run_id)
     publish_predictions(reported(table), source)
-    for name in ("study.json", "results.csv", DEV_FILE, "report/report.pdf"):
+    publish_epochs(done(table), source)
+    for name in ("study.json", "results.csv", DEV_FILE, EPOCHS_FILE, "report/report.pdf"):
         if (source/name).is_file(): shutil.copyfile(source/name, to/Path(name).name)
     for submission in (source/"submission").glob("*/submission.zip"):
         kept = to/"submission"/submission.parent.name
@@ -85,6 +88,16 @@ def _adopt_answers(submission:Path, runs:Path): # a published one; the folder of
                 make_folder(predictions.parent)
                 write_atomic(predictions, answers.read(file).decode())
 
+def _adopt_epochs(records:Path, runs:Path): # runs: the folder of runs
+    "Give runs that have no log the scores of their epochs, where they are published."
+    if not (records/EPOCHS_FILE).is_file(): return
+    for run_id, rows in pd.read_csv(records/EPOCHS_FILE).groupby("run_id", sort=False):
+        log = runs/run_id/"metrics.jsonl"
+        if log.exists() or not is_done(runs/run_id): continue
+        epochs = enumerate(rows.drop(columns="run_id").to_dict("records"), 1)
+        lines = [dict(step=step) | {k: v for k, v in row.items() if v == v} for step, row in epochs]
+        write_atomic(log, "".join(json.dumps(line) + "\n" for line in lines))
+
 def adopt(study:str, outputs="outputs",
           records=None # default: `records_folder`
          ) -> int:     # so many runs
@@ -93,6 +106,7 @@ def adopt(study:str, outputs="outputs",
     missing = [f for f in sorted(records.glob("runs/*")) if is_done(f) and not is_done(there/"runs"/f.name)]
     for folder in missing: _adopt_run(folder, there/"runs"/folder.name)
     for manifest in records.glob("submission/*/manifest.json"): _adopt_answers(manifest.parent, there/"runs")
+    _adopt_epochs(records, there/"runs")
     if missing and (records/"study.json").is_file() and not (there/"study.json").exists():
         shutil.copyfile(records/"study.json", there/"study.json")
     return len(missing)

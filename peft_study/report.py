@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PAGE', 'STYLE', 'INSTALL', 'Trace', 'anchor', 'markdown_table', 'as_it_is', 'unbroken', 'percent', 'points',
            'half_width', 'Marks', 'cell_names', 'main_table', 'ordered_cells', 'size_table', 'cost_table', 'p_text',
-           'interval_text', 'test_table', 'pair_table', 'against_table', 'usual_table', 'save_trace', 'trace_cell',
-           'without_empty_captions', 'without_empty_sections', 'with_front_matter', 'execute_report', 'quarto_program',
-           'render_with_quarto', 'options', 'as_markdown', 'walk', 'numbered', 'render_with_pandoc', 'report']
+           'interval_text', 'test_table', 'pair_table', 'against_table', 'primary_table', 'usual_table', 'save_trace',
+           'trace_cell', 'without_empty_captions', 'without_empty_sections', 'with_front_matter', 'execute_report',
+           'quarto_program', 'render_with_quarto', 'options', 'as_markdown', 'walk', 'numbered', 'render_with_pandoc',
+           'report']
 
 # %% ../nbs/23_report.ipynb #26f663cf
 import html, json, os, re, shutil, subprocess, sys
@@ -179,9 +180,8 @@ def test_table(table, trace:Trace, examples:DevExamples, name:str="tbl-tests") -
         for t in at_place(found, place).itertuples():
             runs = runs_of(table, here[here.label.isin([t.label, "full"])])
             difference = trace.cell(name, named(place, t.label), points(t.difference), runs)
-            rows.append([title, shown_method(t.label), difference, interval_text(t.low, t.high), t.n, p_text(t.p),
-                         p_text(t.p_holm)])
-    header = ["task", "method", "difference", "95% interval", "seeds", "p", "p (Holm)"]
+            rows.append([title, shown_method(t.label), difference, interval_text(t.low, t.high), t.n, p_text(t.p)])
+    header = ["task", "method", "difference", "95% interval", "seeds", "p"]
     return markdown_table(header, rows, right=2) if rows else ""
 
 def pair_table(table, found, trace:Trace, name:str) -> str: # found: of `compare_pairs`
@@ -196,9 +196,8 @@ def pair_table(table, found, trace:Trace, name:str) -> str: # found: of `compare
             scores.append(trace.cell(name, cell, percent(runs.score.mean()), runs))
         sides = f"{shown_method(str(f['first']))}, {shown_method(str(f['second']))}"
         rows.append([titles[place], sides, shown_size(f["size"]), f"{f['lr']:g}", *scores, points(f["difference"]),
-                     interval_text(f["low"], f["high"]), f["n"], p_text(f["p"]), p_text(f["p_holm"])])
-    header = ["task", "first, second", "size", "lr", "first", "second", "difference", "95% interval", "seeds", "p",
-              "p (Holm)"]
+                     interval_text(f["low"], f["high"]), f["n"], p_text(f["p"])])
+    header = ["task", "first, second", "size", "lr", "first", "second", "difference", "95% interval", "seeds", "p"]
     return markdown_table(header, rows, right=3) if rows else ""
 
 def against_table(table, found, trace:Trace, name:str="tbl-others") -> str: # found: of `paper.other_methods`
@@ -212,25 +211,38 @@ def against_table(table, found, trace:Trace, name:str="tbl-others") -> str: # fo
         runs = runs[(runs.label == f["label"]) & (runs["size"] == f["size"])]
         score = trace.cell(name, named(place, f["label"], f["size"]), percent(runs.score.mean()), runs)
         rows.append([titles[place], method, f"{f['parameters']:,}", score, of(f["against"], f["against_size"]),
-                     f"{f['against_parameters']:,}", points(f["difference"]), interval_text(f["low"], f["high"]),
-                     p_text(f["p_holm"])])
-    header = ["task", "method", "parameters", "score", "against", "its parameters", "difference", "95% interval",
-              "p (Holm)"]
+                     f"{f['against_parameters']:,}", points(f["difference"]), interval_text(f["low"], f["high"])])
+    header = ["task", "method", "parameters", "score", "against", "its parameters", "difference", "95% interval"]
     return markdown_table(header, rows, right=2) if rows else ""
+
+def primary_table(found, margin:float|None, name) -> str: # found: of `answers`; name: of a label and size
+    "Markdown: a row a question that was declared before the runs."
+    shown = dict(within="within the margin", below="below by more than the margin", open="open")
+    rows = []
+    for f in found.to_dict("records"):
+        sides = [name(f["label"], f["size"]), name(f["against"], f["against_size"])]
+        rows.append([*sides, points(f["difference"]), interval_text(f["low"], f["high"]), f["n"], p_text(f["p"]),
+                     p_text(f["p_holm"]), percent(f["at_most"]) if f["low"] == f["low"] else "—",
+                     shown.get(f["verdict"], "—")])
+    header = ["method", "against", "difference", "95% interval", "seeds", "p", "p (Holm)", "at most below"]
+    if margin is None: return markdown_table(header, [row[:-1] for row in rows], right=2)
+    return markdown_table([*header, f"margin of {margin:g}"], rows, right=2)
 
 def usual_table(table, trace:Trace, name:str="tbl-usual") -> str:
     "Markdown: what choosing on dev would have claimed; empty for a study without a tuning split."
     titles, named, rows = place_names(done(table)), cell_names(done(table)), []
-    claims = usual_claims(table)
+    claims, chosen = usual_claims(table), best_sizes(table)
     claims = claims.assign(rank=claims.label.map(methods_in(claims).index)).sort_values("rank", kind="stable")
     for place, title in titles.items():
         for c in at_place(claims, place).itertuples():
             runs = done(at_place(table, place))
             runs = runs[(runs.label == c.label) & runs.stage.isin(["tune", "single"])]
             usual = trace.cell(name, named(place, c.label), percent(c.usual), runs)
-            gain = points(c.usual - c.fair)
-            rows.append([title, shown_method(c.label), c.tried, usual, percent(c.fair), gain])
-    header = ["task", "method", "tried", "best on dev", "chosen by tuning", "difference"]
+            best = at_place(chosen, place)
+            fair = runs_of(table, best[best.label == c.label])
+            fair = trace.cell(name, named(place, c.label, "reported"), percent(c.fair), fair)
+            rows.append([title, shown_method(c.label), c.tried, usual, fair, points(c.usual - c.fair)])
+    header = ["task", "method", "tried", "best on dev", "reported", "difference"]
     return markdown_table(header, rows, right=2) if rows else ""
 
 # %% ../nbs/23_report.ipynb #843ca6bd

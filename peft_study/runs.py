@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
-from .config import RunConfig
+from .config import Questions, RunConfig
 from .files import is_repository, parse_json, read_json, read_text
 from .glue import TASKS, BadInput, definition, get_task, remember_task
 from .methods.core import one_line
@@ -189,8 +189,8 @@ class _Record(BaseModel):
     seeds: list[int] = []
     final_seeds: list[int] = []
     auto: Literal["fp32", "bf16"]|None = None
-    questions: dict|None = None
-    questions_before: list[dict|None] = []
+    questions: Questions|None = None
+    questions_before: list[Questions|None] = []
     unequal_budgets: bool = False
 
 def read_record(study:str, outputs="outputs") -> dict:

@@ -154,7 +154,7 @@ def glue_score(scores:dict) -> dict: # task → score
     return dict(all=mean(TASKS), without_wnli=mean(t for t in TASKS if t != "wnli"))
 
 # %% ../nbs/17_statistics.ipynb #461cd0be
-def is_enough(low:float, high:float, # of the difference to full fine-tuning
+def is_enough(low:float, high:float, # of a difference
               margin:float           # the loss that is allowed, from 0 on
              ) -> bool|None:         # None where the interval decides nothing
     "Whether a loss is at most `margin`."

@@ -68,8 +68,53 @@ def test_starts_of_adapters(tmp_path):
                                "identity are 20.0 points above those that start at the framework's default on "
                                "average over 2 tasks (19.8 to 20.2): better on 2.")
         assert "Adapters with m = 64 that start near the identity are level with those" in text
-        assert text.endswith("After Holm's correction, p is below 0.05 in 2 of 4 comparisons.")
         assert table.count("+20.0") == 2 and table.count("| RTE |") == 2
+
+
+def asking(outputs, primary, seeds=(), **more):
+    questions = dict(primary=primary, tasks=["rte", "mrpc"]) | more
+    record = dict(name="made_up", final_seeds=list(seeds), questions=questions)
+    (outputs/"made_up/study.json").write_text(json.dumps(record))
+
+
+def test_questions_asked_beforehand(tmp_path):
+    "Planted differences come out for each question, at the margin that was declared, and Holm is over these alone."
+    planted = dict(full=0, adapter=-.002, lora=-.05, bitfit=-.02, ia3=.1)
+    for task, seed, (method, worse) in product(("rte", "mrpc", "cola"), range(5), planted.items()):
+        folder = run_folder(tmp_path, .8, task_name=task, method=method, seed=seed)
+        rng = np.random.default_rng([seed, list(planted).index(method)])
+        noise = rng.normal(scale=.01 if method == "bitfit" else .001)
+        result = json.loads((folder/"result.json").read_text())
+        score = .7 + worse + noise if task != "cola" else .1   # which is not asked about
+        (folder/"result.json").write_text(json.dumps(result | dict(score=score)))
+        shutil.rmtree(folder/"predictions")   # chance of the seeds alone
+    asking(tmp_path, [dict(label=m) for m in ("adapter", "lora", "bitfit")], margin=1.5)
+    paper = Paper("made_up", tmp_path)
+    found, text = paper.answers.set_index("label"), in_short(paper)
+    assert found.verdict.to_dict() == dict(adapter="within", lora="below", bitfit="open")
+    assert np.allclose(found.difference, [-.002, -.05, -.02], atol=.01) and set(found.n) == {5}
+    assert found.p.idxmin() == "lora" and math.isclose(found.p_holm["lora"], 3 * found.p["lora"])
+    for label, verdict in dict(adapter="within", lora="beyond", bitfit="open at").items():
+        answer = f"at most {percent(-found.low[label])} points below, {verdict} the margin of 1.5 points."
+        assert answer in text and answer in conclusion(paper), text
+    report = said(execute_report("made_up", tmp_path))
+    assert report.count("The study declares 3 questions with its grid, on the mean over RTE and MRPC.") == 1
+    assert report.count("p (Holm)") == 1 and "All other comparisons are descriptive" in report
+    assert report.count("by Holm's correction over 3 questions") == 6   # a line each, in the results and at the end
+    assert "99%" not in report and "Wilcoxon" not in report
+
+
+def test_choosing_on_dev_is_compared_with_what_is_reported(tmp_path):
+    "The best of the grid on dev, minus the mean of the final seeds: the luck of one seed is in it."
+    for rate, dev, tune in ((1e-3, .9, .6), (2e-3, .8, .8)):
+        run_folder(tmp_path, dev, tune=tune, method="lora", lr=rate, seed=0, tune_share=.1)
+    for seed in (1, 2, 3): run_folder(tmp_path, .7, tune=.8, method="lora", lr=2e-3, seed=seed, tune_share=.1)
+    final_seeds(tmp_path, [1, 2, 3])
+    paper = Paper("made_up", tmp_path)
+    [row] = paper.usual.to_dict("records")
+    grid = paper.done[paper.done.stage == "tune"]
+    assert row["usual"] == grid.dev_best_score.max() and abs(row["fair"] - paper.runs.score.mean()) < 1e-12
+    assert row["usual"] - row["fair"] > .15
 
 
 def test_paths_do_not_split_a_cell(tmp_path):

@@ -1,9 +1,17 @@
-"Runs that classify from the mean of the tokens: by command, interrupted, stacked, with cached layers."
-import json
+"""Runs that classify from the mean of the tokens: by command, interrupted, stacked, with cached layers; and what leaves
+of them: a folder that sentence-transformers loads, and that does what its card says."""
+import json, re
+from types import SimpleNamespace
 from unittest.mock import patch
-import pytest
+import pytest, torch
 from conftest import QUICK, flags
 from peft_study.config import RunConfig
+from peft_study.data import load_tokenizer, minilm_folder
+from peft_study.encoders import FAMILIES, tiny_config
+from peft_study.exchange import save_embedder
+from peft_study.methods.core import apply_method, find_method, method_names, save_adapter, trainable
+from peft_study.model import mean_pooled_
+from peft_study.predict import load_run
 from peft_study.runs import is_done, read_metrics, read_result
 from peft_study.stack import stack_key, train_stack
 from peft_study.train import evaluate_epoch, train
@@ -72,3 +80,83 @@ def test_cached_layers(tmp_path, tiny):
     folders = train([config, cached], tmp_path/"outputs")
     assert all(map(is_done, folders))
     assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-2)
+
+
+TEXTS = ["A man eats.", "Nobody is at home, and the door is shut.", "word " * 300]
+
+
+def logits_of(model, *columns):
+    how = dict(padding=True, truncation=True, max_length=128, return_tensors="pt")
+    with torch.no_grad(): return model.eval()(**load_tokenizer("minilm")(*columns, **how)).logits
+
+
+def changed(model):
+    "With trained values that are not those of the start."
+    torch.manual_seed(1)
+    for p in trainable(model).values(): torch.nn.init.normal_(p, std=.1)
+    return model
+
+
+@pytest.fixture(scope="module", params=["sst2", "rte"])
+def run_folder(request, tmp_path_factory):
+    "A finished run of LoRA, on texts and on pairs."
+    settings = MEAN | dict(task_name=request.param, n_epochs=1, lr=5e-3)
+    config = RunConfig(**settings, checkpoint="minilm", method="lora")
+    folder, = train([config], tmp_path_factory.mktemp("outputs"))
+    return folder
+
+
+@pytest.mark.parametrize("form", [[], ["--peft"]], ids=["merged", "peft"])
+def test_card(command, run_folder, tmp_path, form):
+    "Each block of code in the card gives the run's own logits."
+    code, out, err = command("export", run_folder, "--to", tmp_path/"out", *form, takes_outputs=False)
+    assert code == 0 and "load it with sentence_transformers.SentenceTransformer" in out, err
+    model, config = load_run(run_folder)
+    card = (tmp_path/"out/README.md").read_text()
+    blocks = re.findall("```python\n(.*?)\n```", card, re.DOTALL)
+    columns = TEXTS[:1] if config.task_name == "sst2" else TEXTS[:2]
+    expected = logits_of(model, *columns)
+    assert len(blocks) == 2 and "untrained" in card and str(tmp_path) not in card
+    for block in blocks:
+        for text in columns: block = block.replace('"…"', json.dumps(text), 1)
+        block = block.replace("FOLDER", str(tmp_path/"out"))
+        found = {}
+        exec(block.replace("sentence-transformers/all-MiniLM-L6-v2", minilm_folder()), found)
+        torch.testing.assert_close(torch.as_tensor(found["logits"]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_exported_encoder(command, run_folder, tmp_path):
+    "It is a checkpoint again, of an encoder that was trained for means."
+    command("export", run_folder, "--to", tmp_path/"out", takes_outputs=False)
+    code, out, said = command("run", *QUICK, *TASK, *flags(checkpoint=tmp_path/"out", pooling="mean"))
+    assert code == 0 and not said, said
+    assert command("run", *QUICK, *TASK, *flags(checkpoint=tmp_path/"out"))[2].count("pooling = mean") == 1
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_family(kind, tmp_path):
+    "sentence-transformers gives the logits of each family's classifier of means, of texts and of pairs."
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModelForSequenceClassification
+    tokenizer, config = load_tokenizer("minilm"), tiny_config(kind)
+    config.vocab_size, config.max_position_embeddings, config.type_vocab_size = len(tokenizer), 160, 2
+    torch.manual_seed(0)
+    model = mean_pooled_(AutoModelForSequenceClassification.from_config(config)).eval()
+    pairs = list(zip(TEXTS, reversed(TEXTS)))
+    expected = logits_of(model, TEXTS), logits_of(model, TEXTS, TEXTS[::-1])
+    save_embedder(model, SimpleNamespace(max_length=128), tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    embedder = SentenceTransformer(str(tmp_path))
+    for texts, logits in zip((TEXTS, pairs), expected):
+        torch.testing.assert_close(torch.as_tensor(embedder.encode(texts)), logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_adapter_folder(tmp_path, name):
+    "It does not claim to be one of a classifier of 🤗 peft's, on which it would have other logits."
+    from transformers import AutoModelForSequenceClassification
+    method = find_method(name)(**dict(adapter=dict(bottleneck_size=4), prompt=dict(read="first")).get(name, {}))
+    model = mean_pooled_(AutoModelForSequenceClassification.from_config(tiny_config("bert")))
+    save_adapter(changed(apply_method(model, method)), method, tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"adapter_model.safetensors", "run.json"}
+    assert json.loads((tmp_path/"run.json").read_text())["pooling"] == "mean"

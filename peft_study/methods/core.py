@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'FACTS', 'one_line', 'Method', 'in_norm', 'method_names', 'find_method', 'apply_method', 'trainable',
-           'count', 'expected_parameters', 'save_adapter', 'load_adapter', 'OfficialMethod', 'random_batch',
-           'check_method']
+           'count', 'expected_parameters', 'save_adapter', 'encoder_place', 'load_adapter', 'OfficialMethod',
+           'random_batch', 'check_method']
 
 # %% ../../nbs/methods/00_core.ipynb #26eacb1a
 import json
@@ -15,7 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
-from ..encoders import ROLES, Sites, Sizes, get_family, get_sizes, head_parameters, pooler_parameters
+from ..encoders import (ROLES, Sites, Sizes, get_family, get_sizes, head_parameters, is_mean_pooled,
+                                 pooler_parameters)
 from ..files import import_object, is_lfs_pointer, read_json
 from ..glue import BadInput
 
@@ -245,6 +246,10 @@ def ready_to_load(self:Method, model):
     "Bring a model that `apply_method` made into the form that `state` saves."
 
 # %% ../../nbs/methods/00_core.ipynb #cf1dd588
+def _peft_settings(model, method:Method) -> dict|None:
+    "The method as 🤗 peft has it; None where peft's models would read the folder and give other logits."
+    return None if is_mean_pooled(model.config) else method.peft_config(Sites(model.config))
+
 def save_adapter(model, method:Method,
                  folder,          # made when missing
                  facts:dict={}    # stands in run.json
@@ -254,22 +259,27 @@ def save_adapter(model, method:Method,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {n: p.detach().to("cpu", copy=True).contiguous() for n, p in method.state(model).items()}
-    if peft := method.peft_config(Sites(model.config)):
+    if peft := _peft_settings(model, method):
         _write_json(folder/"adapter_config.json", peft | _peft_common(model, state, facts))
         state = {method.peft_name(n): tensor for n, tensor in state.items()}
     save_file(state, folder/WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder/FACTS, dict(method=method.name, **method.model_dump(mode="json")) | facts)
+    pooling = dict(pooling="mean") if is_mean_pooled(model.config) else {}
+    _write_json(folder/FACTS, dict(method=method.name, **method.model_dump(mode="json")) | pooling | facts)
     return (folder/WEIGHTS).stat().st_size
 
 def _write_json(file:Path, content:dict): file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+def encoder_place(config) -> str: # of a 🤗 encoder
+    "Where the encoder was loaded from; a folder by its whole path."
+    place = config._name_or_path
+    return str(Path(place).resolve()) if place and Path(place).is_dir() else place
 
 def _peft_common(model, state:dict, facts:dict) -> dict:
     "What stands in any method's adapter_config.json: the task, the encoder, and which of its own parts are saved."
     family = get_family(model.config)
     heads = dict.fromkeys(m.split(".")[0] for m in family.head)   # peft saves a head of two layers as one module
     parts = [m for m in (*heads, family.pooler) if m and any(_is_of(n, [m]) for n in state)]
-    place = model.config._name_or_path or facts.get("checkpoint")   # where the encoder was loaded from
-    if place and Path(place).is_dir(): place = str(Path(place).resolve())
+    place = encoder_place(model.config) or facts.get("checkpoint")
     return dict(task_type="SEQ_CLS", inference_mode=True, base_model_name_or_path=place, modules_to_save=parts)
 
 # %% ../../nbs/methods/00_core.ipynb #785a1eb7
@@ -286,12 +296,15 @@ def load_adapter(model,   # that `apply_method` made
     try: state = load_file(file)
     except SafetensorError as e: raise BadInput(f"{file} cannot be read: {e}") from None
     method.ready_to_load(model)
-    rename = method.peft_name if method.peft_config(Sites(model.config)) else str
+    rename = method.peft_name if _peft_settings(model, method) else str
     expected = {rename(n): p for n, p in trainable(model).items()}
     facts = read_json(file) if (file := Path(folder)/FACTS).is_file() else {}
     saved_on = facts.get("checkpoint", "an unknown checkpoint")
     theirs = f"{folder} (method {facts.get('method', 'unknown')} on {saved_on})"
     ours = f"method {method.name} on {model.config.model_type} {model.config._name_or_path}".strip()
+    pooled, pools = facts.get("pooling", "model"), "mean" if is_mean_pooled(model.config) else "model"
+    if pooled != pools:
+        raise BadInput(f"{theirs} does not fit {ours}: pooling is {pooled!r} in the folder, {pools!r} in the model")
     if odd := sorted(expected.keys() ^ state.keys()):
         whose = "the folder lacks" if odd[0] in expected else "the model has no"
         raise BadInput(f"{theirs} does not fit {ours}: {whose} {odd[0]}")
