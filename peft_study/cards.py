@@ -203,8 +203,9 @@ def run_card(config:RunConfig, result:dict,
     on_hub = [task.hub[0]] if config.data == "hub" else None
     tags = ["peft_study", config.method.name, task.name]
     encoder = dict(base_model=hub_id(config.checkpoint), license=encoder_license(config.checkpoint))
-    data = ModelCardData(model_name=result["run_id"], **encoder, library_name=library, pipeline_tag="text-classification",
-                         datasets=on_hub, tags=tags, eval_results=eval_results(config, result))
+    data = ModelCardData(model_name=result["run_id"], **encoder, library_name=library,
+                         pipeline_tag="text-classification", datasets=on_hub, tags=tags,
+                         eval_results=eval_results(config, result))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(config, result, library, place)}")
 
 # %% ../nbs/20_cards.ipynb #ca00001f
