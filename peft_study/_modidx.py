@@ -1241,6 +1241,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'peft_study.sweep.record_study': ('sweep.html#record_study', 'peft_study/sweep.py'),
                                   'peft_study.sweep.run_notebook': ('sweep.html#run_notebook', 'peft_study/sweep.py'),
                                   'peft_study.sweep.run_study': ('sweep.html#run_study', 'peft_study/sweep.py'),
+                                  'peft_study.sweep.runs_of_another_protocol': ( 'sweep.html#runs_of_another_protocol',
+                                                                                 'peft_study/sweep.py'),
                                   'peft_study.sweep.stack_size': ('sweep.html#stack_size', 'peft_study/sweep.py'),
                                   'peft_study.sweep.template': ('sweep.html#template', 'peft_study/sweep.py'),
                                   'peft_study.sweep.work': ('sweep.html#work', 'peft_study/sweep.py')},

@@ -177,10 +177,11 @@ def list_study(study, outputs, console):
     "What the study would run: status, parameters, and the time it takes, as far as finished runs tell."
     from rich.markup import escape
     from rich.table import Table
-    from peft_study.sweep import all_results, estimate, on_one_device
+    from peft_study.sweep import all_results, estimate, on_one_device, runs_of_another_protocol
     _go_offline_if_unreachable()
     warn_of_budgets(study)
     with _as_started(study, outputs) as folder:
+        if why := runs_of_another_protocol(study.name, folder): print(f"peft-study: {why}", file=sys.stderr)
         results, rows = on_one_device(all_results(folder)), _planned(study, folder)
     seconds = [estimate(config, results) for _, config, *_ in rows]
     several = len({config.checkpoint for config in study.configs}) > 1
