@@ -16,10 +16,10 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/peft-study demo
 
-# notebooks first: each is prose, code and the tests of that code; two processes with one thread each
+# notebooks first: each is prose, code and the tests of that code, and shows what is stored in it; two processes
 test: export OMP_NUM_THREADS = 1
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/notebooks.py
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 STUDY ?= demo

@@ -9,7 +9,8 @@ __all__ = ['app', 'Outputs', 'Minutes', 'Push', 'RunFolder', 'FinishedStudy', 's
            'bench_', 'methods', 'doctor']
 
 # %% ../nbs/26_cli.ipynb #c1000003
-import inspect, os, re, sys
+import errno, inspect, os, re, sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ import typer
 from .files import read_json, repository, shortened
 from .glue import BadInput, get_task
 from .terminal import (advise_on_pooling, doctor_rows, list_study, print_table, report_run, warn_of_budgets,
-                                 warn_of_gpus)
+                                 warn_of_gpus, warn_of_settings)
 
 # %% ../nbs/26_cli.ipynb #c1000006
 app = typer.Typer(help="A reproducible study of parameter-efficient fine-tuning on GLUE.", add_completion=False,
@@ -36,10 +37,21 @@ def _ended(e:Exception) -> tuple[int, str]:
     message = e.format_message() if hasattr(e, "format_message") else str(e)   # the former: what typer says of flags
     if isinstance(e, BadInput) or hasattr(e, "format_message"): return 2, message
     if isinstance(e, (Failed, FloatingPointError)): return 1, message
+    if isinstance(e, OSError) and e.filename and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return 2, f"{e.filename}: {e.strerror}"   # as in outputs that are another user's
     raise e
+
+def _in_utf8():
+    "Begin again in Python's UTF-8 mode where the locale has another encoding; what cannot be shown is escaped."
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"   # for all that is started here
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError): stream.reconfigure(errors="backslashreplace")   # a stand-in has no encoding
 
 def main():
     "What the console script calls."
+    _in_utf8()
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")   # of what killed processes have left
     debug = "--debug" in sys.argv
     if debug: sys.argv.remove("--debug")
@@ -141,9 +153,11 @@ def run(ctx:typer.Context, settings, outputs:Outputs=Path("outputs"),
     from peft_study.config import RunConfig
     from peft_study.data import check_source
     from peft_study.kernels import warm_up
+    from peft_study.predict import complete_predictions
     from peft_study.runs import is_done, run_folder
     from peft_study.train import check_processes
     from peft_study.sweep import RunFailed, run_notebook
+    warn_of_settings()
     config, console = RunConfig(**settings), Console()
     check_source(get_task(config.task_name), config.data)
     warn_of_gpus()
@@ -151,6 +165,7 @@ def run(ctx:typer.Context, settings, outputs:Outputs=Path("outputs"),
     folder = run_folder(config, outputs)
     if is_done(folder):
         console.print(f"{config.run_id} is finished already", highlight=False)
+        complete_predictions(folder)
         return report_run(folder, console)
     warm_up()   # which imports while the input is checked
     check(config)
@@ -283,6 +298,7 @@ def study_(ctx:typer.Context, settings, name:Annotated[str, typer.Argument(help=
     from rich.console import Console
     from peft_study.config import read_study
     from peft_study.records import begun
+    warn_of_settings()
     if tasks: settings["task_name"] = " ".join(_split(tasks))
     if final_seeds: settings["final_seeds"] = final_seeds
     overrides = {k: str(v).lower() if isinstance(v, bool) else v for k, v in settings.items()}
@@ -388,12 +404,12 @@ def write_findings(page, records): # a Markdown file; reports/records
     from peft_study.paper import Paper, in_short
     from peft_study.records import adopt_all
     marked = re.compile(r"(<!-- findings of ([\w-]+): begin -->\n).*?(<!-- findings of \2: end -->)", re.DOTALL)
-    text = page.read_text() if page.is_file() else ""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
     if not marked.search(text): return
     with TemporaryDirectory() as outputs:   # other studies too: findings have their comparisons of pairs
         adopt_all(outputs, records)
         def filled(found): return f"{found[1]}{in_short(Paper(found[2], outputs))}\n{found[3]}"
-        page.write_text(marked.sub(filled, text))
+        page.write_text(marked.sub(filled, text), encoding="utf-8")
 
 @app.command()
 def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),

@@ -17,7 +17,7 @@ from typing import Literal
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from .data import PACKAGED, Selection, file_hash, use_fingerprint
-from .files import import_object, own_source, read_ini, reason, settings_file
+from .files import import_object, own_source, read_ini, reason, settings_files
 from .glue import BadInput, TASKS, get_task
 from .methods.core import Method, find_method, one_line
 
@@ -218,6 +218,8 @@ def words(name:str, text:str) -> list[str]:
     if name in ("data", "checkpoint") and text and Path(text).is_dir(): return [text]
     values = []
     for word in re.findall(r"""\"[^"]*"(?!\S)|'[^']*'(?!\S)|\S+""", text):
+        if word[0] in "#;":
+            raise BadInput(f"{name} has a comment behind its value, {word!r}: comments stand on lines of their own")
         quote = word[0] if word[0] in "\"'" else ""
         if quote and (len(word) < 2 or word[-1] != quote):
             raise BadInput(f"{name}: {word!r} begins with a quote that is not closed")
@@ -312,12 +314,12 @@ def _settings_of(ini:ConfigParser, name:str, overrides:dict, file:str): # → (s
 # %% ../nbs/05_config.ipynb #8e72854a
 def _final_seeds(text:str|None, tuning) -> tuple[int, ...]:
     "The seeds in `text`; `BadInput` for one that is no seed, or that has tuned."
-    words = (text or "none").split()
-    if words == ["none"]: return ()
-    for word in words:
+    given = words("final_seeds", text or "none")
+    if given == ["none"]: return ()
+    for word in given:
         if not re.fullmatch(r"[0-9]{1,9}", word):
             raise BadInput(f"final_seeds must be whole numbers from 0 on, got {word!r}")
-    seeds = tuple(dict.fromkeys(map(int, words)))
+    seeds = tuple(dict.fromkeys(map(int, given)))
     if both := sorted(set(seeds) & set(tuning)):
         raise BadInput(f"final_seeds must be other seeds than those that tune: {both[0]} is in seed")
     return seeds
@@ -379,15 +381,34 @@ def _check_everywhere(contrast:Contrast, tasks, configs):
             raise BadInput(f"primary: {name!r} is not declared on {lacks[0]}, whose mean is asked for")
 
 # %% ../nbs/05_config.ipynb #e6791748
-def _runs_of(ini:ConfigParser, name:str, overrides:dict, file:str, auto:str|None): # → (method, its runs, precision)
+def _declaring(name:str, files:list[Path]) -> tuple[Path, ConfigParser]:
+    "The first of some settings files that has a study of this name; `BadInput` names those there are."
+    known = []
+    for file in files:
+        ini = read_ini(file)
+        names = sorted({re.split("[.:]", s)[0] for s in ini.sections()} - {"task"})   # [task.NAME] is a task
+        if name in names: return file, ini
+        known += names
+    raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(dict.fromkeys(known)) or 'none'}")
+
+def _from_there(settings:dict[str, str], folder:Path, overrides) -> dict[str, str]:
+    "A relative path in a settings file of another folder is relative to that folder, unless it leads somewhere here."
+    found = {}
+    for name in {"data", "checkpoint"} & settings.keys() - overrides.keys():
+        path = settings[name]
+        if path in ("hub", "demo", "minilm") or Path(path).exists() or not (folder/path).is_dir(): continue
+        found[name] = os.path.normpath(folder/path)
+    return settings | found
+
+def _runs_of(ini:ConfigParser, name:str, overrides:dict, file:Path, auto:str|None): # → (method, its runs, precision)
     "The runs of each section of a study, and the precision that `auto` is there, or None."
-    for section, settings in _settings_of(ini, name, overrides, file):
+    for section, settings in _settings_of(ini, name, overrides, file.name):
         precisions, decided = settings.get("precision", "").split(), None
         if "auto" in precisions:
             decided = auto or best_precision()
             settings["precision"] = " ".join(decided if p == "auto" else p for p in precisions)
-        try: runs = [RunConfig(**point) for point in _grid(settings)]
-        except BadInput as e: raise BadInput(f"{file} [{section}]: {e}") from None
+        try: runs = [RunConfig(**_from_there(point, file.parent, overrides)) for point in _grid(settings)]
+        except BadInput as e: raise BadInput(f"{file.name} [{section}]: {e}") from None
         yield settings["method"], runs, decided
 
 def _is_true(name:str, text:str) -> bool:
@@ -403,18 +424,15 @@ def _own_settings(ini:ConfigParser, name:str, overrides:dict, configs, every) ->
     return dict(final_seeds=final, questions=_questions(own, every), unequal=unequal)
 
 def read_study(name:str,           # a section of the file
-               file=None,          # default: `settings_file()`
+               file=None,          # default: of `settings_files()` the first that has it
                overrides:dict={},  # setting → text, in the same grammar, for all sections that know it
                methods=(),         # only these
                auto:str|None=None  # what `precision = auto` means; default: what suits this machine
               ) -> Study:
     "The runs that `[name]` and `[name.METHOD]` declare; what is wrong is `BadInput` naming section and setting."
-    file = Path(file or settings_file())
-    ini = read_ini(file)
-    names = sorted({re.split("[.:]", s)[0] for s in ini.sections()} - {"task"})   # [task.NAME] is a task
-    if name not in names: raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(names) or 'none'}")
+    file, ini = _declaring(name, [Path(file)] if file else settings_files())
     def runs(overrides, methods=()):
-        sections = list(_runs_of(ini, name, overrides, file.name, auto))
+        sections = list(_runs_of(ini, name, overrides, file, auto))
         there = dict.fromkeys(method for method, *_ in sections)
         if odd := [m for m in methods if m not in there]:
             raise BadInput(f"study {name!r} has no method {odd[0]!r}: it has {', '.join(there)}")

@@ -21,7 +21,7 @@ def for_the_site(cell):
 # %% ../nbs/32_docs.ipynb #d0a4f3c5
 def heading(notebook) -> tuple[str, str]:
     "The title of a notebook, and its description."
-    first = json.loads(Path(notebook).read_text())["cells"][0]
+    first = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"][0]
     title, _, description = "".join(first["source"]).partition("\n\n> ")
     return title.removeprefix("# "), description
 
@@ -29,7 +29,7 @@ def contents(folder) -> str: # of the notebooks
     "The notebooks of the sidebar in Markdown: a table a section, a row a notebook."
     import yaml
     folder, parts = Path(folder), []
-    sidebar = yaml.safe_load((folder/"_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+    sidebar = yaml.safe_load((folder/"_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
     for section in sidebar:
         if isinstance(section, str): continue   # the index itself
         rows = ["| notebook | what |", "|---|---|"]

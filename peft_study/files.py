@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'read_text', 'is_lfs_pointer', 'parse_json', 'read_json', 'shortened', 'reason', 'is_repository',
-           'repository', 'root', 'default_outputs', 'settings_file', 'read_ini', 'import_object', 'own_source']
+           'repository', 'root', 'default_outputs', 'foreign_settings', 'settings_files', 'read_ini', 'import_object',
+           'own_source']
 
 # %% ../nbs/00_files.ipynb #7d73b320
 import json, os, re, sys, sysconfig
@@ -83,10 +84,21 @@ def default_outputs() -> Path:
     "Where notebooks put and look for results: the repository's own, wherever they run from."
     return (repository() or Path.cwd())/"outputs"
 
-def settings_file() -> Path:
-    "settings.ini of this folder, or else the repository's."
+# %% ../nbs/00_files.ipynb #2aa7e130
+def _declares(file:Path) -> bool:
+    "Whether a settings.ini has a section of a study's method or of a task, whatever else may be wrong with it."
+    return bool(re.search(r"^\s*\[[\w-]+\.[^\]]+\]", read_text(file, "replace"), re.MULTILINE))
+
+def foreign_settings() -> Path|None:
+    "The settings.ini of this folder, where it is another tool's."
     here = Path("settings.ini")
-    return here if here.is_file() else root()/"settings.ini"
+    return here if here.is_file() and not _declares(here) else None
+
+def settings_files() -> list[Path]:
+    "Where studies and tasks are declared: settings.ini of this folder, then the repository's."
+    files = [Path("settings.ini"), root()/"settings.ini"]
+    if not files[0].is_file() or foreign_settings() or files[0].resolve() == files[1].resolve(): files.pop(0)
+    return files
 
 def read_ini(file) -> ConfigParser:
     "The sections of a settings file. Values are taken as they stand."

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'TRAIN_ROWS', 'SUBMISSION_ROWS', 'METRICS', 'Task', 'Split', 'splits', 'varies', 'Metric', 'get_metric',
-           'check_metric', 'score', 'to_word', 'make_task', 'declared_tasks', 'get_task', 'in_order', 'definition',
-           'remember_task']
+           'check_metric', 'score', 'to_word', 'composed', 'make_task', 'declared_tasks', 'get_task', 'in_order',
+           'definition', 'remember_task']
 
 # %% ../nbs/01_glue.ipynb #f9fce1f0
+import re, unicodedata
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Callable, NamedTuple
-from .files import BadInput, import_object, read_ini, settings_file
+from .files import BadInput, import_object, read_ini, settings_files
 
 # %% ../nbs/01_glue.ipynb #cfad759d
 @dataclass(frozen=True)
@@ -269,6 +271,10 @@ def to_word(task:Task, prediction) -> str:
 _own_settings = ("columns", "labels", "metrics", "title", "label", "words", "bounds", "hub", "data", "dev",
                  "test_labelled")
 
+def composed(text:str) -> str:
+    "Text in Unicode's composed form (NFC): é may be one character or two, which look the same."
+    return unicodedata.normalize("NFC", text)
+
 def _check_own(task:Task, where:str, recorded:bool=False):
     "`BadInput` where the fields of a task do not fit together; one that is `recorded` may have metrics of elsewhere."
     def refuse(text): raise BadInput(f"{where}: {text}")
@@ -280,7 +286,7 @@ def _check_own(task:Task, where:str, recorded:bool=False):
     if not 1 <= len(task.columns) <= 2:
         refuse(f"columns must be one or two text columns, got {', '.join(task.columns)}")
     for name in ("columns", "labels", "words", "metrics"):
-        values = getattr(task, name)
+        values = list(map(composed, getattr(task, name)))
         if twice := [v for v in values if values.count(v) > 1]: refuse(f"{name} has {twice[0]!r} twice")
     if len(task.labels) == 1:
         refuse(f"labels must be two or more with commas, or none for a regression, got {task.labels[0]}")
@@ -324,6 +330,9 @@ def make_task(name:str, settings:dict, # field → text, or as in JSON
     odd = sorted(settings.keys() - set(_own_settings))
     if odd: refuse(f"unknown setting {odd[0]!r}: a task has {', '.join(_own_settings)}")
     if not settings.get("columns"): refuse("columns is missing")
+    for key, given in settings.items():
+        if key != "title" and isinstance(given, str) and re.search(r"\s#\s", given):
+            refuse(f"{key} has a comment behind its value, {given!r}: comments stand on lines of their own")
     task = Task(name, **{key: _value(key, given, refuse) for key, given in settings.items()})
     _check_own(task, where, recorded)
     return task
@@ -339,10 +348,11 @@ def _task_sections(file, size, modified) -> dict[str, dict]:
 
 def declared_tasks() -> dict[str, dict]: # name → settings
     "The sections `[task.NAME]` of settings.ini."
-    file = settings_file()
-    if not file.is_file(): return {}
-    stat = file.stat()
-    return _task_sections(file.absolute(), stat.st_size, stat.st_mtime_ns)
+    found = {}
+    for file in filter(Path.is_file, settings_files()):
+        stat = file.stat()
+        found = _task_sections(file.absolute(), stat.st_size, stat.st_mtime_ns) | found
+    return found
 
 def _imported_task(name:str) -> Task:
     task = import_object("task_name", name)

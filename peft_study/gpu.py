@@ -229,5 +229,5 @@ def measure_gpu(output, # folder for gpu.json and gpu.md
         show(f"{group}: {name}")
         rows[name] = attempt(measure, *args)
         write_json(output/"gpu.json", record)
-        (output/"gpu.md").write_text(page(record))
+        (output/"gpu.md").write_text(page(record), encoding="utf-8")
     return output/"gpu.md"

@@ -8,11 +8,12 @@ __all__ = ['PRELOAD', 'fork_server', 'beginner', 'libraries_first', 'warm_up', '
 
 # %% ../nbs/12_kernels.ipynb #6b835c97
 import logging, multiprocessing, os, sys
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from .runs import exit_with_parent
+from .runs import exit_with_parent, threads_each
 
 # %% ../nbs/12_kernels.ipynb #203a084e
 PRELOAD = ["papermill", "nbclient", "ipykernel.kernelapp", "ipykernel.ipkernel", "torch", "torch.utils.tensorboard",
@@ -68,7 +69,9 @@ def _become_kernel(parent:int, argv:list[str], env:dict, cwd:str|None, output):
     import matplotlib, torch
     if torch.cuda._is_in_bad_fork(): os.execve(argv[0], argv, env)
     matplotlib.use("module://matplotlib_inline.backend_inline")   # the library has read the environment already
+    from IPython.core import application, shellapp
     from ipykernel.kernelapp import IPKernelApp
+    for module in (application, shellapp): module.ENV_CONFIG_DIRS = module.SYSTEM_CONFIG_DIRS = []   # as of /etc
     IPKernelApp.launch_instance(argv=argv[argv.index("ipykernel_launcher") + 1:])
 
 # %% ../nbs/12_kernels.ipynb #e073b0fc
@@ -96,7 +99,8 @@ class ForkedKernel(Kernel):
     output = None   # a file for what it prints past the notebook
 
     async def _async_launch_kernel(self, kernel_cmd, env=None, cwd=None, **kw):
-        process = begin(_become_kernel, os.getpid(), kernel_cmd, dict(env or os.environ), cwd, self.output)
+        process = begin(_become_kernel, os.getpid(), kernel_cmd, dict(env or os.environ) | threads_each(),
+                        cwd, self.output)
         provisioner = self.provisioner
         provisioner.process, provisioner.pid, provisioner.pgid = _Popen(process), process.pid, process.pid
         self._reconcile_connection_info(provisioner.connection_info)
@@ -108,6 +112,8 @@ def execute_notebook(source, to, parameters:dict, kernel=Kernel, cwd=None):
     logging.getLogger("papermill").setLevel(logging.ERROR)   # it warns of parameters that the first cell lacks
     def literally(path): return str(path).replace("{", "{{").replace("}", "}}")
     here = f"import sys; sys.path.append({os.getcwd()!r})"   # modules of the caller's own, after all libraries
-    return papermill.execute_notebook(
-        literally(source), literally(to), parameters, cwd=cwd, progress_bar=False, kernel_name="python3",
-        kernel_manager_class=kernel, extra_arguments=["--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={here}"])
+    with TemporaryDirectory() as profile:
+        app = dict(log_level=50, exec_lines=here, ipython_dir=profile, exec_PYTHONSTARTUP=False)
+        return papermill.execute_notebook(
+            literally(source), literally(to), parameters, cwd=cwd, progress_bar=False, kernel_name="python3",
+            kernel_manager_class=kernel, extra_arguments=[f"--IPKernelApp.{k}={v}" for k, v in app.items()])

@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['load_encoder_config', 'task_config', 'check_weights', 'check_tokenizer', 'check_precision', 'can_cache',
            'positions_left', 'check_model', 'check_run', 'init_head', 'mean_of_tokens', 'MeanPooled', 'mean_pooled_',
-           'advice_on_pooling', 'check_loaded', 'build_model']
+           'advice_on_pooling', 'check_loaded', 'check_values', 'build_model']
 
 # %% ../nbs/06_model.ipynb #a9c84b97
 import re
 from pathlib import Path
 from .config import RunConfig, check_optimizer
-from .data import checkpoint_path, load_tokenizer
+from .data import checkpoint_path, hub_reason, load_tokenizer, watch_network
 from .encoders import FAMILIES, families_where, get_family, is_mean_pooled
 from .files import is_lfs_pointer, read_json, reason
 from .glue import BadInput, get_task
 from .methods.core import apply_method
 
 # %% ../nbs/06_model.ipynb #400b9a24
+# What another use may have left in a config.json: how it is computed and what is handed out, not what is computed.
+_AS_USUAL = dict(return_dict=True, output_attentions=False, output_hidden_states=False, chunk_size_feed_forward=0,
+                 _attn_implementation=None)   # transformers' choice for this machine
+
 def load_encoder_config(checkpoint:str, n_outputs:int=2, pooling:str="model"):
     "The 🤗 configuration of a supported encoder; `BadInput` for what is unknown or cannot be reached."
     from transformers import AutoConfig
@@ -26,18 +30,19 @@ def load_encoder_config(checkpoint:str, n_outputs:int=2, pooling:str="model"):
         raise BadInput(f"checkpoint {checkpoint!r} is an adapter of 🤗 peft: name the encoder that it was trained on")
     if own.is_file(): read_json(own)   # which says what is wrong with it
     load = AutoConfig.from_pretrained
+    watch_network()
     try: config = load(checkpoint_path(checkpoint), num_labels=n_outputs, trust_remote_code=False)
     except Exception as e:   # whatever a configuration's own checks raise
         if own.is_file():
             raise BadInput(f"checkpoint {checkpoint!r}: its config.json cannot be used ({reason(e)})") from e
-        raise BadInput(f"checkpoint {checkpoint!r} cannot be loaded: it is no folder with a config.json, and the "
-                       "🤗 Hub does not give it (no such id, or no network); 'minilm' needs neither") from e
+        raise BadInput(f"checkpoint {checkpoint!r} cannot be loaded: it is no folder with a config.json, and of the "
+                       f"🤗 Hub: {hub_reason(e)}; 'minilm' needs neither") from e
     get_family(config)
     for name, what in (("is_decoder", "a decoder"), ("quantization_config", "quantised")):
         if getattr(config, name, None):
             raise BadInput(f"checkpoint {checkpoint!r} is {what}, by {name} in its config.json")
-    outputs = dict(return_dict=True, output_attentions=False, output_hidden_states=False, chunk_size_feed_forward=0)
-    for name, value in outputs.items(): setattr(config, name, value)   # what is handed out, not what is computed
+    for name, value in _AS_USUAL.items(): setattr(config, name, value)
+    vars(config).pop("gradient_checkpointing", None)   # of transformers before 4.11, and still obeyed
     vars(config).pop("pooling", None)   # whatever another library calls so
     if pooling == "mean": config.pooling = "mean"
     return config
@@ -225,6 +230,11 @@ def check_loaded(checkpoint:str, encoder, found:dict # of transformers' loading
         print(f"{checkpoint} has no pooler: it starts from random values")
 
 # %% ../nbs/06_model.ipynb #893c3bc8
+def check_values(checkpoint:str, model):
+    "`BadInput` where a weight of the encoder is no finite number."
+    odd = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if odd: raise BadInput(f"checkpoint {checkpoint!r} has weights that are not finite (NaN): {_listed(odd)}")
+
 def build_model(config:RunConfig):
     "The pre-trained encoder with a fresh head and the run's method: frozen but for what learns, in fp32 on the CPU."
     import torch, transformers
@@ -239,9 +249,11 @@ def build_model(config:RunConfig):
             model, found = load(checkpoint_path(config.checkpoint), **own)
             if is_mean_pooled(encoder): mean_pooled_(model)
     except Exception as e:   # whatever transformers makes of the folder's files
-        raise BadInput(f"checkpoint {config.checkpoint!r} cannot be loaded ({reason(e)})") from e
+        why = reason(e) if Path(checkpoint_path(config.checkpoint)).is_dir() else hub_reason(e)
+        raise BadInput(f"checkpoint {config.checkpoint!r} cannot be loaded ({why})") from e
     check_loaded(config.checkpoint, encoder, found)
     init_head(model, config.seed)
+    check_values(config.checkpoint, model)
     model = apply_method(model, config.method, config.seed, config.train_pooler)
     model.run_config = config
     return model

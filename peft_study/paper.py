@@ -19,7 +19,7 @@ __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates',
            'environment_table', 'runs_table']
 
 # %% ../nbs/24_paper.ipynb #d326cd8d
-import math, re, subprocess
+import math, re
 from functools import cache, cached_property
 from pathlib import Path
 import pandas as pd
@@ -29,7 +29,7 @@ from .data import checkpoint_path
 from .demo import MAKERS
 from .demo import SIZES as DEMO_SIZES
 from .encoders import head_parameters, pooler_parameters
-from .files import default_outputs, read_ini, repository, root, settings_file
+from .files import default_outputs, read_ini, repository, root, settings_files
 from .glue import BadInput, TASKS, TRAIN_ROWS, get_task
 from .methods.core import find_method
 from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, differences_figure,
@@ -42,7 +42,7 @@ from .results import (CELL, PLACE, DevExamples, answers, asked, best_sizes, budg
                                 compare, compare_over_tasks, compare_pairs, done, epoch_scores, floors, load_runs,
                                 methods_in, not_reported, paired, predictions_of, reported, runs_of, studies,
                                 usual_claims)
-from .runs import read_config, read_record
+from .runs import git, read_config, read_record
 from .statistics import glue_score
 
 # %% ../nbs/24_paper.ipynb #47d1884d
@@ -321,9 +321,7 @@ def code_address() -> str:
     "Where the code is to be had: the repository's `origin`, where that is a public address."
     where = repository()
     if not where: return ""
-    command = ["git", "-C", str(where), "remote", "get-url", "origin"]
-    try: found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError: return ""   # no git on this machine
+    found = git(where, "remote", "get-url", "origin") or ""
     address = re.sub(r"^git@([^:]+):", r"https://\1/", found).removesuffix(".git")
     return address if re.fullmatch(r"https://[\w.-]+/[\w./~-]+", address) else ""
 
@@ -1276,7 +1274,7 @@ def _command_with(paper:Paper, method:str) -> str:
 def not_part(paper:Paper) -> str:
     "What the study has nothing for, with the commands that would change this."
     missing = [f"{in_words(m)} (`{_command_with(paper, m)}`)" for m in ("full", "head") if m not in paper.methods]
-    sections = read_ini(settings_file()).sections()   # settings of one's own may declare neither study
+    sections = [s for file in settings_files() for s in read_ini(file).sections()]
     missing += [f"{what} (`peft-study study {name}`)" for name, (what, *_) in PAIRED.items()
                 if name in sections and paired_runs(paper, name).empty]
     if "methods" in sections and other_methods(paper).empty:

@@ -39,13 +39,13 @@ def _publish_notebook(folder:Path, to:Path):
 def _publish_page(file:Path, to:Path, runs:list[Path]):
     """Copy a page of the report one folder further up: with links to the files of runs that are published, and the
     folders of its commands as they were typed."""
-    text = file.read_text().replace("href='../", "href='")
+    text = file.read_text(encoding="utf-8").replace("href='../", "href='")
     def link_if_there(link): return link[0] if (to.parent/link[1]).is_file() else ""
     text = re.sub(r"<a href='([^']*runs/[^']*)'>[^<]*</a> ?", link_if_there, text)
     for folder in runs:
         settings = read_json(folder/"config.json")
         for name, place in settings.get("places", {}).items(): text = text.replace(place, str(settings[name]))
-    to.write_text(text)
+    to.write_text(text, encoding="utf-8")
 
 def publish(study:str, outputs="outputs",
             to=None # default: `records_folder`

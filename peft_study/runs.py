@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['write_atomic', 'write_json', 'append_json', 'read_metrics', 'cut_metrics', 'run_folder', 'run_folders', 'places',
            'own_task', 'make_folder', 'start_run', 'read_config', 'read_result', 'is_done', 'kept_epoch', 'read_record',
-           'FolderLocked', 'lock_folder', 'lock_owner', 'exit_with_parent', 'status', 'write_error', 'commit', 'cores',
-           'device_name', 'code_files', 'code_version', 'nvidia_smi', 'gpu_versions', 'versions', 'provenance']
+           'FolderLocked', 'lock_folder', 'lock_owner', 'exit_with_parent', 'status', 'write_error', 'git', 'commit',
+           'container_quota', 'cores', 'threads_each', 'device_name', 'code_files', 'code_version', 'nvidia_smi',
+           'gpu_versions', 'versions', 'provenance']
 
 # %% ../nbs/08_runs.ipynb #a74fafd0
-import errno, json, os, re, time
+import errno, json, math, os, re, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -40,7 +41,7 @@ def write_json(path, content): write_atomic(path, json.dumps(content, indent=2) 
 # %% ../nbs/08_runs.ipynb #a70673c1
 def append_json(path, line:dict):
     "Add a line of JSON to a log."
-    with open(path, "a") as f: f.write(json.dumps(line) + "\n")
+    with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
 
 _numbers = TypeAdapter(dict[str, float|None], config=ConfigDict(strict=True))
 
@@ -159,6 +160,11 @@ def _check_settings(config:dict):
     RunConfig(**common | dict(method="head"))
 
 # %% ../nbs/08_runs.ipynb #410fe8fc
+def _defaults_beside(config:dict) -> dict:
+    "The settings that an older run does not know yet; it had their defaults."
+    fields = RunConfig.model_fields.items()
+    return {k: field.default for k, field in fields if k not in config and not field.is_required()}
+
 def read_result(folder) -> dict|None:
     "What the run found, or None while it is not finished; a damaged file counts as not finished."
     try:
@@ -169,7 +175,7 @@ def read_result(folder) -> dict|None:
             _know_task(folder, read_json(Path(folder)/"config.json"))
         _check_settings(result["config"])
     except (BadInput, ValidationError, KeyError): return None
-    return result
+    return result | dict(config=result["config"] | _defaults_beside(result["config"]))
 
 def is_done(folder) -> bool: return read_result(folder) is not None
 
@@ -209,6 +215,9 @@ def _try_lock(f, alone:bool=True) -> bool:
     try: fcntl.flock(f, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError: return False
     except OSError as e:
+        if e.errno == errno.EBADF:   # NFS, where a lock of one's own needs a file open for writing
+            raise BadInput(f"{f.name} is another user's, and on this file system his alone to lock: "
+                           "have it removed, or give --outputs elsewhere") from None
         if e.errno not in _NO_LOCKS: raise
         raise BadInput(f"outputs {str(Path(f.name).parent)!r}: this file system has no locks "
                        f"({e.strerror}), which keep two processes from one run; give --outputs on another, "
@@ -216,28 +225,37 @@ def _try_lock(f, alone:bool=True) -> bool:
     return True
 
 # %% ../nbs/08_runs.ipynb #f3c0f491
+def _open_lock(file:Path):
+    "A lock file, made where there is none, and open for reading alone where it is another user's."
+    try: return open(file, "a+", encoding="utf-8")
+    except PermissionError as e: error = e
+    except OSError as e: raise _unwritable(file.parent, e) from None
+    try: return open(file, encoding="utf-8")
+    except OSError: raise _unwritable(file, error) from None
+
 @contextmanager
 def lock_folder(folder, name:str="train", # or notebook
                 wait:float=10             # seconds to wait for another owner, which may be about to end
                ):
     "Be the only one in `folder`; `FolderLocked` names the process that is there."
     import platform
-    with open(Path(folder)/f".{name}.lock", "a+") as f:
+    with _open_lock(Path(folder)/f".{name}.lock") as f:
         end = time.monotonic() + wait
         while not _try_lock(f):
             if time.monotonic() >= end:
                 raise FolderLocked(f"{Path(folder).name} is being run by process {lock_owner(folder)}")
             time.sleep(.1)
-        f.truncate(0)
-        print(os.getpid(), "on", platform.node(), end="", file=f, flush=True)
+        if f.writable():
+            f.truncate(0)
+            print(os.getpid(), "on", platform.node(), end="", file=f, flush=True)
         yield
 
 # %% ../nbs/08_runs.ipynb #439ce932
 def lock_owner(folder) -> str|None:
     "The process that works in `folder`, as `PID on MACHINE`, or None."
     for lock in (Path(folder)/".train.lock", Path(folder)/".notebook.lock"):
-        if not lock.is_file(): continue
-        with open(lock) as f:   # for reading, as outputs may be another's: then NFS gives no lock for oneself alone
+        if not os.access(lock, os.R_OK): continue   # not there, or nothing that can be told
+        with open(lock, encoding="utf-8") as f:   # for reading, as outputs may be another's: see above on NFS
             if not _try_lock(f, alone=False): return f.read() or "another process"
 
 # %% ../nbs/08_runs.ipynb #9cb15097
@@ -270,30 +288,63 @@ def write_error(folder, text:str):
     except OSError: pass   # the disk is full, which is the error
 
 # %% ../nbs/08_runs.ipynb #5a033924
+def git(folder, *args) -> str|None:
+    "What git says of the repository of `folder`; None where it has nothing to say, or is not there."
+    from subprocess import run
+    own = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG_")}
+    try: done = run(["git", "-C", str(folder), *args], env=own, capture_output=True, text=True, encoding="utf-8")
+    except OSError: return None
+    return None if done.returncode else done.stdout.strip()
+
 def commit() -> str|None:
     "The repository's commit, with `+` for uncommitted changes of code; None outside a repository."
     import peft_study
-    from subprocess import run
     package = Path(peft_study.__file__).resolve().parent
     if not is_repository(package.parent): return None   # installed, perhaps below a repository of something else
-    def git(*args): return run(["git", "-C", str(package), *args], capture_output=True, text=True)
-    try: head = git("rev-parse", "--short=12", "HEAD")
-    except OSError: return None   # no git on this machine
-    if head.returncode: return None
-    changed = git("status", "--porcelain", "--", "*.py").stdout.strip()
-    return head.stdout.strip() + ("+" if changed else "")
+    head = git(package, "rev-parse", "--short=12", "HEAD")
+    return head and head + ("+" if git(package, "status", "--porcelain", "--", "*.py") else "")
 
-# %% ../nbs/08_runs.ipynb #3b8ad634
+# %% ../nbs/08_runs.ipynb #f2a08424
+def _quota(group:Path) -> float:
+    "Processors that a control group may use, of version 2 or 1; infinite where it is not limited."
+    try:
+        if (group/"cpu.max").is_file(): quota, period = (group/"cpu.max").read_text(encoding="utf-8").split()
+        else: quota, period = ((group/f"cpu.cfs_{what}_us").read_text(encoding="utf-8") for what in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (OSError, ValueError): return math.inf   # no such file; "max"
+
+def container_quota(mounted="/sys/fs/cgroup", own="/proc/self/cgroup") -> float:
+    "Processors that this process's control group, and those around it, may use."
+    try: lines = Path(own).read_text(encoding="utf-8").splitlines()
+    except OSError: return math.inf   # no Linux
+    found = [math.inf]
+    for kinds, path in (line.split(":", 2)[1:] for line in lines):
+        if kinds and "cpu" not in kinds.split(","): continue
+        top = Path(mounted)/"cpu" if kinds else Path(mounted)
+        group = top/path.strip("/")
+        found += [_quota(g) for g in (group, *group.parents) if g.is_relative_to(top)]
+    return min(found)
+
+def _own_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 def cores() -> int:
     "How many processor cores this process may use, of those that the machine has."
-    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    given = [os.environ.get(name, "") for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")]
+    slurm = next((int(n) for n in given if n.isdigit()), math.inf)
+    return max(1, int(min(_own_cores(), container_quota(), slurm)))
 
+def threads_each(processes:int=1) -> dict[str, str]:
+    "OMP_NUM_THREADS for each of some processes, where the libraries' own choice would be too many."
+    if os.environ.get("OMP_NUM_THREADS") or (processes == 1 and cores() == _own_cores()): return {}
+    return dict(OMP_NUM_THREADS=str(max(1, cores() // processes)))
+
+# %% ../nbs/08_runs.ipynb #3b8ad634
 def device_name(device:str) -> str:
     "The model of the GPU, or of the processor."
     import platform, torch
     if device.startswith("cuda"): return torch.cuda.get_device_name()
-    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
+    try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError: return platform.processor()
     models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor())

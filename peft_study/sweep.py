@@ -18,10 +18,11 @@ from .data import train_rows
 from .files import read_text, root, shortened
 from .glue import TRAIN_ROWS, BadInput, get_task
 from .kernels import ForkedKernel, begin, execute_notebook, settle, warm_up
+from .predict import complete_predictions
 from .records import adopt
-from .runs import (FolderLocked, cores, device_name, is_done, lock_folder, lock_owner,
+from .runs import (FolderLocked, device_name, is_done, lock_folder, lock_owner,
                              make_folder, nvidia_smi, read_config, read_metrics, read_record, read_result, run_folder,
-                             run_folders, start_run, write_error, write_json)
+                             run_folders, start_run, threads_each, write_error, write_json)
 
 # %% ../nbs/15_sweep.ipynb #eacceb90
 class RunFailed(Exception):
@@ -63,7 +64,8 @@ def _try(config, folder, *args, attempts=2):
         raise error from None
     except (DeadKernelError, RuntimeError) as e:
         if not isinstance(e, DeadKernelError) and "Kernel died" not in str(e): raise
-        if attempts > 1 and not is_done(folder): return _try(config, folder, *args, attempts=attempts - 1)
+        if is_done(folder): return   # all that is missing is the end of its notebook
+        if attempts > 1: return _try(config, folder, *args, attempts=attempts - 1)
         raise failed("the kernel died twice: killed from outside, perhaps for want of memory") from None
     except OSError as e: raise failed(f"{type(e).__name__}: {e}") from None
 
@@ -76,7 +78,9 @@ def run_notebook(config:RunConfig, outputs="outputs",
                 ) -> Path:         # the run's folder, complete
     "Execute the template for `config`, unless it is finished; `RunFailed`, or `FolderLocked` if another is at it."
     folder = run_folder(config, outputs)
-    if is_done(folder): return folder
+    if is_done(folder):
+        complete_predictions(folder)
+        return folder
     warm_up()
     start_run(config, outputs)
     with lock_folder(folder, "notebook", wait):
@@ -110,11 +114,16 @@ def gpu_trouble() -> str|None:
     except RuntimeError as e:
         return f"this machine has GPUs, which torch cannot use: {str(e).strip().splitlines()[0]}"
 
+def _torch_sees_gpus() -> bool:
+    import torch
+    return torch.cuda.device_count() > 0
+
 def devices() -> list[str]:
     "The GPUs to use, as `CUDA_VISIBLE_DEVICES` names them; where torch can use none, one that is called `cpu`."
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None: gpus = listed_gpus()
     else: gpus = [d.strip() for d in visible.split(",") if d.strip() not in ("", "-1")]
+    if gpus and not listed_gpus() and not _torch_sees_gpus(): return ["cpu"]   # a variable from another machine
     return gpus if gpus and not gpu_trouble() else ["cpu"]
 
 # %% ../nbs/15_sweep.ipynb #5d32ea64
@@ -199,8 +208,7 @@ class Local:
     def __init__(self, outputs="outputs", jobs:int=1, minutes:float=10, stack:int=1):
         self.args, self.stack = (str(outputs), minutes), stack
         self.free, self.running = devices() * jobs, {}
-        self.env = dict(os.environ)
-        if len(self.free) > 1: self.env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // len(self.free))))
+        self.env = dict(os.environ) | threads_each(len(self.free))
         warm_up()
 
     @property
@@ -462,6 +470,7 @@ def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
     queue = _Queue(study, outputs)
     tally, todo = queue.tally, queue.todo
     if n := tally.ended(todo, ()): console.print(f"{n} of {tally.total} runs are finished already")
+    for folder in filter(is_done, queue.folders.values()): complete_predictions(folder)
     if todo: engine = engine or Local(outputs)
     shown = -math.inf
     try:

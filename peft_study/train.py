@@ -23,7 +23,7 @@ from .glue import BadInput, get_task, score, splits
 from .encoders import tiny_config
 from .methods.core import apply_method, count, save_adapter, trainable
 from .model import build_model, check_run, init_head, mean_pooled_
-from .predict import decide, logits_of, write_predictions
+from .predict import complete_predictions, decide, logits_of, write_predictions
 from .resume import drop_state, load_state, save_state
 from .runs import (append_json, cut_metrics, exit_with_parent, is_done, lock_folder, provenance, read_config,
                              read_metrics, read_result, run_folder, start_run, write_json)
@@ -511,9 +511,10 @@ def launch(folder:Path, processes:int, show, micro_batches:int=1, minutes:float=
     env = own_environment() | dict(OMP_NUM_THREADS=str(threads), PYTHONSAFEPATH="1")
     if not torch.cuda.device_count(): env["ACCELERATE_USE_CPU"] = "true"
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher += ["--local-addr", "127.0.0.1"]   # not by the machine's name, which may not resolve
     arguments = [str(folder), str(os.getpid()), str(micro_batches), str(minutes)]
     command = [sys.executable, "-m", *launcher, "-m", "peft_study.train", *arguments]
-    with open(folder/"launch.log", "w") as out: child = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+    with open(folder/"launch.log", "wb") as out: child = subprocess.Popen(command, env=env, stdout=out, stderr=out)
     try:
         while child.poll() is None:
             time.sleep(.5)
@@ -582,11 +583,13 @@ def train(configs:list[RunConfig],
           processes:int=1, # not part of a run's identity, and nor is
           minutes:float=10 # between checkpoints, beside those at the end of each epoch
          ) -> list[Path]:  # the runs' folders, complete
-    "Complete the folders of `configs`; finished ones are left as they are."
+    "Complete the folders of `configs`; finished ones at most get predictions for files that have come since."
     folders = [run_folder(c, outputs) for c in configs]
     if processes > 1: check_processes(processes)
     for config, folder in zip(configs, folders):
-        if is_done(folder): continue
+        if is_done(folder):
+            complete_predictions(folder)
+            continue
         check_run(config)
         start_run(config, outputs)
         with lock_folder(folder):

@@ -182,7 +182,8 @@ def test_torchrun_starts_the_processes(tmp_path, gpus):
     with (patch("subprocess.Popen", Child), patch("torch.cuda.device_count", lambda: gpus),
           patch.dict(os.environ, LEFT_OVER), pytest.raises(RuntimeError, match="training in 2 processes failed")):
         train.launch(tmp_path, 2, print)
-    assert started["command"][1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--local-addr", "127.0.0.1"]
+    assert started["command"][2:8] == launcher
     assert LEFT_OVER.keys() & started["env"].keys() == (set() if gpus else {"ACCELERATE_USE_CPU"})
 
 
@@ -251,10 +252,11 @@ def old_driver(): raise RuntimeError(f"{TOO_OLD}\nPlease update")
     (dict(listed=WHOLE, visible="1"), ["1"], None),
     (dict(listed=WHOLE, visible="", cuda=None), ["cpu"], None),
     (dict(listed="", cuda=None), ["cpu"], None),
+    (dict(listed="", visible="0,1"), ["cpu"], None),
     (dict(listed=WHOLE, cuda=None), ["cpu"], "is built without CUDA"),
     (dict(listed=WHOLE, visible="0,1", cuda=None), ["cpu"], "is built without CUDA"),
     (dict(listed=WHOLE, init=old_driver), ["cpu"], f"which torch cannot use: {TOO_OLD}")],
-    ids=["whole", "mig", "chosen", "none-wanted", "none", "cpu-build", "cpu-build-chosen", "old-driver"])
+    ids=["whole", "mig", "chosen", "none-wanted", "none", "left-over", "cpu-build", "cpu-build-chosen", "old-driver"])
 def test_devices(nvidia, machine, devices, trouble):
     nvidia(**machine)
     assert sweep.devices() == devices

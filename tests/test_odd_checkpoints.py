@@ -85,12 +85,27 @@ def test_configurations(odd, values, part, monkeypatch):
 
 
 @pytest.mark.parametrize("name, value", [("return_dict", False), ("output_attentions", True),
-                                         ("output_hidden_states", True), ("chunk_size_feed_forward", 4)])
+                                         ("output_hidden_states", True), ("chunk_size_feed_forward", 4),
+                                         ("gradient_checkpointing", True),
+                                         ("_attn_implementation", "flash_attention_2")])
 def test_what_another_use_has_left_in_the_configuration(odd, tiny, name, value):
     tokens = load_tokenizer("minilm")("a film", "a story", return_tensors="pt")
     wanted = build(tiny).eval()(**tokens).logits
     change(odd/"config.json", **{name: value})
-    assert torch.equal(build(odd).eval()(**tokens).logits, wanted)
+    model = build(odd)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert torch.equal(model.eval()(**tokens).logits, wanted)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(odd, value):
+    "They are named before training, not blamed on the learning rate; those of a head that is not used do not matter."
+    weights = load_file(odd/"model.safetensors")
+    with_weights(odd, weights | {"cls.predictions.bias": weights["cls.predictions.bias"].fill_(value)})
+    build(odd)
+    weights["bert.embeddings.word_embeddings.weight"][1996] = value
+    with_weights(odd, weights)
+    refused(odd, "not finite (NaN): bert.embeddings.word_embeddings.weight")
 
 
 def test_adapter_of_peft_beside_the_weights(odd):

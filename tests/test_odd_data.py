@@ -3,7 +3,7 @@ import os, shutil
 from contextlib import chdir
 import pytest
 from peft_study.config import RunConfig
-from peft_study.predict import evaluate
+from peft_study.predict import complete_predictions, evaluate, missing_predictions
 from peft_study.results import disagreements
 from peft_study.runs import read_result, run_folder
 from peft_study.submission import submit
@@ -68,3 +68,26 @@ def test_rows_left_out_are_counted(command, tiny, tmp_path):
     folder, = (tmp_path/"outputs/adhoc/runs").iterdir()
     assert read_result(folder)["examples"] == dict(train=15, dev=16, skipped=1)
     assert 0 <= evaluate(folder, "train")["accuracy"] <= 1
+
+
+def test_a_test_file_that_comes_later(tiny, tmp_path):
+    "A finished run only gets the predictions that it lacks, the same as it would have made."
+    sst2(tmp_path/"glue")
+    short = dict(n_epochs=1, max_length=16, max_eval_examples=12)
+    config = RunConfig(task_name="sst2", data=str(tmp_path/"glue"), checkpoint=str(tiny), method="lora", **short)
+    folder, = train([config], tmp_path/"o")
+    predictions, result = folder/"predictions/test.tsv", read_result(folder)
+    assert result["examples"]["test"] == 12 and missing_predictions(folder) == []
+    wanted, trained = predictions.read_bytes(), (folder/"metrics.jsonl").stat().st_mtime_ns
+    predictions.unlink()
+    file = tmp_path/"glue/SST-2/test.tsv"
+    later = file.rename(tmp_path/"test.tsv")
+    assert missing_predictions(folder) == [] == complete_predictions(folder)
+    later.rename(file)
+    assert missing_predictions(folder) == ["test"]
+    train([config], tmp_path/"o")
+    assert predictions.read_bytes() == wanted and read_result(folder) == result
+    assert (folder/"metrics.jsonl").stat().st_mtime_ns == trained
+    predictions.unlink()
+    shutil.rmtree(folder/"adapter")   # as in a published run
+    assert complete_predictions(folder) == []

@@ -267,7 +267,7 @@ def save_adapter(model, method:Method,
     _write_json(folder/FACTS, dict(method=method.name, **method.model_dump(mode="json")) | pooling | facts)
     return (folder/WEIGHTS).stat().st_size
 
-def _write_json(file:Path, content:dict): file.write_text(json.dumps(content, indent=2) + "\n")
+def _write_json(file:Path, content:dict): file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 def encoder_place(config) -> str: # of a 🤗 encoder
     "Where the encoder was loaded from; a folder by its whole path."

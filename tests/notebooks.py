@@ -1,0 +1,68 @@
+"""Execute every notebook, and compare what it shows with what is stored in it: `python tests/notebooks.py`.
+
+A cell that shows a time, a path or another thing that is never the same says so by the tag `varies`. Pictures are not
+compared. With `--save`, what differs is stored."""
+import math, re, subprocess, sys
+from pathlib import Path
+import nbformat
+
+REPO = Path(__file__).parents[1]
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?", re.IGNORECASE)
+
+
+def shown(cell) -> str:
+    "What a cell shows as text, but for warnings, progress and the addresses of objects."
+    texts = []
+    for output in cell.outputs:
+        if output.output_type == "stream": texts.append(output.text if output.name == "stdout" else "")
+        elif "data" in output: texts.append(output.data.get("text/markdown") or output.data.get("text/plain", ""))
+    lines = "".join(texts).splitlines()
+    text = " ".join(line for line in lines if not re.search(r"\r|(it|examples)/s\]|^step \d+/\d+ · ", line))
+    return " ".join(re.sub(r"\b0x[0-9a-f]{6,}", "0x…", text).split())
+
+
+def close(stored:str, found:str) -> bool:
+    "Whether two numbers are the same: whole ones exactly, others as far as machines agree."
+    if stored == found: return True
+    a, b = (float(text.replace(",", "")) for text in (stored, found))
+    whole = re.fullmatch(r"[\d,-]+", stored + found)
+    return not whole and math.isclose(a, b, rel_tol=.02, abs_tol=1e-3)
+
+
+def same(stored:str, found:str) -> bool:
+    "Whether two outputs have the same words, and numbers that are close."
+    if NUMBER.sub("#", stored) != NUMBER.sub("#", found): return False
+    return all(map(close, NUMBER.findall(stored), NUMBER.findall(found)))
+
+
+def differing(stored, executed) -> list[tuple]: # a cell as stored, and as executed
+    "The cells of a notebook that show something else than what is stored."
+    pairs = [(a, b) for a, b in zip(stored.cells, executed.cells, strict=True) if a.cell_type == "code"]
+    return [(a, b) for a, b in pairs if "varies" not in a.metadata.get("tags", []) and not same(shown(a), shown(b))]
+
+
+def main(save:bool):
+    files = [f for f in sorted((REPO/"nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in f.parts]
+    before, found = {f: f.read_bytes() for f in files}, 0
+    try:
+        command = [Path(sys.executable).parent/"nbdev-test", "--save", "--n-workers", "2"]
+        code = subprocess.run(command, cwd=REPO).returncode
+        executed = {f: nbformat.read(f, 4) for f in files}
+    finally:
+        for f in files: f.write_bytes(before[f])   # whatever has happened
+    for f in files:
+        stored = nbformat.reads(before[f].decode(), 4)
+        for a, b in differing(stored, executed[f]):
+            found += 1
+            print(f"{f.relative_to(REPO)} cell {a.id}: {a.source.splitlines()[-1]}\n"
+                  f"  stored: {shown(a)[:600]}\n  found:  {shown(b)[:600]}", file=sys.stderr)
+            a.outputs = b.outputs
+        if save: nbformat.write(stored, f)
+    if save and found: subprocess.run([command[0].with_name("nbdev-clean")], cwd=REPO, check=True)
+    if found and not save:
+        print(f"{found} stored outputs are not what the notebooks show now: store them by python tests/notebooks.py "
+              "--save, or tag a cell `varies`", file=sys.stderr)
+    return code or int(found > 0 and not save)
+
+
+if __name__ == "__main__": sys.exit(main("--save" in sys.argv))
