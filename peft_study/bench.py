@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 from .config import RunConfig
-from .data import check_source, load_tokenizer, train_batches, train_rows
+from .data import check_source, checkpoint_path, load_tokenizer, train_batches, train_rows
 from .files import read_json
 from .glue import BadInput, get_task, score
-from .model import build_model, checkpoint_path, load_encoder_config, mean_pooled_
+from .model import build_model, load_encoder_config, mean_pooled_
 from .predict import decide
 from .speed import speed_up
 from .train import load_data, local_batch, make_optimizer, own_environment, peak_memory, train, train_step

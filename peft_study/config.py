@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
-from .data import Selection, file_hash, use_fingerprint
+from .data import PACKAGED, Selection, file_hash, use_fingerprint
 from .files import import_object, own_source, read_ini, reason, settings_files
 from .glue import BadInput, TASKS, get_task
 from .methods.core import Method, find_method, one_line
@@ -27,7 +27,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     study: str = Field("adhoc", pattern=r"^\w[\w-]*$", description="the study the run is filed under")
     task_name: str = Field(description="cola sst2 mrpc stsb qqp mnli qnli rte wnli, or your own (docs: Your own task)")
-    checkpoint: str = Field("bert-base-uncased", description="a 🤗 id, a folder, or minilm")
+    checkpoint: str = Field("bert-base-uncased", description="a 🤗 id, a folder, minilm or mpnet")
     data: str = Field("hub", description="hub, demo, or a folder (default of your own task: its data)")
     method: SerializeAsAny[Method] = Field(description="see `peft-study methods`, or package.module:Class")
     n_epochs: int = Field(3, ge=1, description="passes over the training set")
@@ -156,7 +156,7 @@ _no_matter = ("README.md", "modules.json", "trainer_state.json", "training_args.
 
 def checkpoint_fingerprint(checkpoint:str) -> str:
     "A folder by its configuration, weights and tokeniser; anything else is a name already."
-    if checkpoint == "minilm" or not Path(checkpoint).is_dir(): return checkpoint
+    if checkpoint in PACKAGED or not Path(checkpoint).is_dir(): return checkpoint
     deciding = (".safetensors", ".bin", ".json", ".txt", ".model", ".bpe", ".codes", ".vocab", ".py")
     files = sorted(f for f in Path(checkpoint).iterdir() if f.suffix in deciding and f.name not in _no_matter)
     if odd := [f.name for f in files if not f.is_file()]:   # a link to nowhere, or a folder
@@ -188,13 +188,16 @@ def selection(self:RunConfig) -> Selection:
     return Selection(**used, sample=self.seed if self.sample_by_seed else 0)
 
 @patch
+def selection_fingerprint(self:RunConfig) -> str: return use_fingerprint(get_task(self.task_name), self.selection)
+
+@patch
 def identity(self:RunConfig) -> dict:
     "The settings that a run without them would not equal, and fingerprints for folders and for code of one's own."
     flat = self.flat()
     required = {k for k, f in (RunConfig.model_fields | type(self.method).model_fields).items() if f.is_required()}
     def without(k): return RunConfig(**{name: v for name, v in flat.items() if name != k})
     needed = {k: v for k, v in flat.items() if k in required or (k != "study" and without(k) != self)}
-    needed["data"] = use_fingerprint(get_task(self.task_name), self.selection)
+    needed["data"] = self.selection_fingerprint()
     if (weights := checkpoint_fingerprint(self.checkpoint)) != self.checkpoint: needed["checkpoint"] = weights
     return needed | {f"code of {what}": found for what, found in self.own_code().items()}
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 from .cards import command_of
 from .config import Questions, RunConfig, read_study
-from .data import minilm_folder
+from .data import checkpoint_path
 from .demo import MAKERS
 from .demo import SIZES as DEMO_SIZES
 from .encoders import head_parameters, pooler_parameters
@@ -229,7 +229,7 @@ def encoder_config(checkpoint:str, n_outputs:int, pooling="model"):
     "The configuration of an encoder, from what is on this machine; None where there is nothing."
     from transformers import AutoConfig, BertConfig
     try:
-        place = minilm_folder() if checkpoint == "minilm" else checkpoint
+        place = checkpoint_path(checkpoint)
         if checkpoint == "bert-base-uncased": config = BertConfig(num_labels=n_outputs)   # whose defaults it has
         else: config = AutoConfig.from_pretrained(place, num_labels=n_outputs, local_files_only=True,
                                                   trust_remote_code=False)

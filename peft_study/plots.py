@@ -162,7 +162,7 @@ def shown_name(task, table) -> str:
     return f"synthetic {get_task(task).kind}" if synthetic else get_task(task).title
 
 def shown_encoder(checkpoint:str) -> str:
-    if checkpoint == "minilm": return "MiniLM"
+    if checkpoint in (names := dict(minilm="MiniLM", mpnet="MPNet")): return names[checkpoint]
     return Path(checkpoint).name or checkpoint
 
 def place_names(table) -> dict: # (task, encoder, data) → name

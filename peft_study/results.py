@@ -111,6 +111,8 @@ def _identify(row:dict) -> dict:
     row |= {k: v for k, v in flatten(dict(config=defaults)).items() if k not in row}   # settings newer than the run
     row["encoder"], row["data_id"] = _encoder(row), _data_id(row)
     row["configuration"] = _configuration(row, config, method)
+    own = method.model_dump(mode="json") if method else {}
+    row["_canary_of"] = str([row["encoder"], row["method"], own, row.get("train_pooler"), row.get("pooling")])
     row["selection"] = row.get(f"tune_{config.get('keep', 'last')}_score", row.get("score"))
     if row["status"] != "done": return row
     finite = [isinstance(row[k], (int, float)) and math.isfinite(row[k]) for k in ("score", "selection")]
@@ -167,11 +169,10 @@ CELL = [*PLACE, "label", "size"]
 
 def _same_canary(table) -> pd.Series:
     """Finished runs whose canary, the hash of what a few fixed steps of a method give, is that of the newest run of
-    their method and size: whatever has changed in the code, their numerics are the same."""
-    canary = table.provenance_canary.where(table.status == "done")
+    their method on their encoder: whatever has changed in the code, their numerics are the same."""
+    canary, of = table.provenance_canary.where(table.status == "done"), table._canary_of
     in_time = table[canary.notna()].sort_values("provenance_finished").index
-    where = table.label.astype(str) + " " + table["size"].astype(str)
-    return canary.notna() & (canary == where.map(canary[in_time].groupby(where[in_time]).last()))
+    return canary.notna() & (canary == of.map(canary[in_time].groupby(of[in_time]).last()))
 
 def as_table(rows:list[dict], final_seeds=()):
     "Runs ordered by task, method, parameters and seed; `rows` are flat, with their configuration as `config`."
@@ -179,7 +180,8 @@ def as_table(rows:list[dict], final_seeds=()):
     # complete rows first: they name the columns
     rows = sorted(map(_identify, rows), key=lambda r: r["status"] != "done")
     always = [*FIRST, *CELL, "checkpoint", "data", "method", "variant", "study", "seed", "score", "selection", "kept",
-              "error", "parameters_trainable", "provenance_finished", "provenance_code", "provenance_canary"]
+              "error", "parameters_trainable", "provenance_finished", "provenance_code", "provenance_canary",
+              "_canary_of"]
     table = pd.DataFrame(rows)
     table = table.reindex(columns=dict.fromkeys([*table.columns, *always]))
     code = table.provenance_code.astype(object).fillna("")
@@ -187,7 +189,7 @@ def as_table(rows:list[dict], final_seeds=()):
     table["other_code"] = (table.status == "done") & ~code.isin(code[newest]) & ~_same_canary(table)
     table["_order"] = table.task_name.map(in_order(table.task_name).index)
     order = ["_order", "checkpoint", "data_id", "method", "parameters_trainable", "seed", "run_id"]
-    table = table.sort_values(order).drop(columns="_order").reset_index(drop=True)
+    table = table.sort_values(order).drop(columns=["_order", "_canary_of"]).reset_index(drop=True)
     table["stage"] = stages(table, final_seeds)
     return table[FIRST + [c for c in table if c not in FIRST]]
 

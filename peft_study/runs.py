@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 from .config import Questions, RunConfig
+from .data import PACKAGED
 from .files import is_repository, parse_json, read_json, read_text
 from .glue import TASKS, BadInput, definition, get_task, remember_task
 from .methods.core import one_line
@@ -81,7 +82,7 @@ def places(config:RunConfig) -> dict:
     folders = {}
     for name in ("data", "checkpoint"):
         path = getattr(config, name)
-        if path in ("hub", "demo", "minilm") or not Path(path).is_dir(): continue
+        if path in ("hub", "demo", *PACKAGED) or not Path(path).is_dir(): continue
         folders[name] = str(Path(path).resolve())
     return dict(places=folders) if folders else {}
 

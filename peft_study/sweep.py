@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RunFailed', 'template', 'run_notebook', 'listed_gpus', 'gpu_trouble', 'devices', 'work', 'all_results', 'device_of',
-           'on_one_device', 'estimate', 'execute', 'execute_stack', 'stack_size', 'Local', 'record_study', 'diverged',
-           'choose', 'SecondStage', 'Tally', 'noticing_interrupts', 'run_study']
+           'on_one_device', 'estimate', 'execute', 'execute_stack', 'stack_size', 'Local', 'record_study',
+           'runs_of_another_protocol', 'diverged', 'choose', 'SecondStage', 'Tally', 'noticing_interrupts', 'run_study']
 
 # %% ../nbs/15_sweep.ipynb #8d4bb4ff
 import math, os, re, signal, sys, time
@@ -22,7 +22,7 @@ from .predict import complete_predictions
 from .records import adopt
 from .runs import (FolderLocked, device_name, is_done, lock_folder, lock_owner,
                              make_folder, nvidia_smi, read_config, read_metrics, read_record, read_result, run_folder,
-                             start_run, threads_each, write_error, write_json)
+                             run_folders, start_run, threads_each, write_error, write_json)
 
 # %% ../nbs/15_sweep.ipynb #eacceb90
 class RunFailed(Exception):
@@ -266,6 +266,15 @@ def record_study(study:Study, outputs="outputs"):
         record |= _record_questions(study, earlier, any((folder/"runs").glob("*/config.json")))
         write_json(folder/"study.json", record)
 
+# %% ../nbs/15_sweep.ipynb #b32b1e15
+def runs_of_another_protocol(study:str, outputs="outputs") -> str|None:
+    "A sentence where a study has runs that older versions named by their files: they have another tuning split."
+    origins = [r.get("provenance", {}) for f in run_folders(study, outputs) if (r := read_result(f))]
+    n = sum("data_fingerprint" in origin and "use_fingerprint" not in origin for origin in origins)
+    if not n: return None
+    return (f"study {study!r} has {n} runs of an older version, whose tuning split is another: new runs do not compare "
+            "with them; check out the commit of these, or name another study by --study")
+
 # %% ../nbs/15_sweep.ipynb #9cc89a9b
 def diverged(folder) -> bool:
     "Whether a run ended because its loss was no number any more, as it would each time."
@@ -454,7 +463,9 @@ def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
     console = console or Console(stderr=True)
     def say(*lines): console.print(*lines, sep="\n  ", highlight=False, soft_wrap=True)
     check_budgets(study)
-    if n := adopt(study.name, outputs): console.print(f"{n} published runs of study {study.name} count as finished")
+    n = adopt(study.name, outputs)
+    if why := runs_of_another_protocol(study.name, outputs): raise BadInput(why)
+    if n: console.print(f"{n} published runs of study {study.name} count as finished")
     record_study(study, outputs)
     queue = _Queue(study, outputs)
     tally, todo = queue.tally, queue.todo

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['warn_of_gpus', 'warn_of_settings', 'warn_of_budgets', 'advise_on_pooling', 'report_run', 'print_whole', 'print_table',
-           'trainable_parameters', 'list_study', 'device_rows', 'doctor_rows']
+           'trainable_parameters', 'unreadable_data', 'list_study', 'device_rows', 'doctor_rows']
 
 # %% ../nbs/25_terminal.ipynb #7e000003
 import os, sys
@@ -131,14 +131,27 @@ def _go_offline_if_unreachable():
     except OSError: os.environ["HF_HUB_OFFLINE"] = "1"
 
 # %% ../nbs/25_terminal.ipynb #7e000014
+@cache
+def unreadable_data(study) -> str|None:
+    "Why the data of a study cannot be read here."
+    try:
+        for config in study.configs: config.selection_fingerprint()
+    except BadInput as e: return str(e)
+
 def _planned(study, outputs) -> list[tuple]: # name, configuration, status, number of runs
     "The runs of a study: its grid, and its final seeds as far as they can be named."
     from peft_study.runs import run_folder, status
     from peft_study.sweep import SecondStage
-    second = SecondStage(study, outputs)
-    named = [*study.grid, *second.begin()]
-    rows = [(config.run_id, config, status(run_folder(config, outputs)), 1) for config in named]
-    for cell in second.waiting:
+    if unreadable_data(study):   # which names the runs
+        rows = [(f"{c.task_name} {c.method.label} {c.method.size}: seed {c.seed}, lr {c.lr:g}", c, "?", 1)
+                for c in study.grid]
+        waiting = study.cells if study.final_seeds else {}
+    else:
+        second = SecondStage(study, outputs)
+        named = [*study.grid, *second.begin()]
+        rows = [(config.run_id, config, status(run_folder(config, outputs)), 1) for config in named]
+        waiting = second.waiting
+    for cell in waiting:
         first, (task, _, _, label, size) = study.cells[cell][0], cell
         n = len(study.final_runs({cell: first}))
         name = f"{task} {label} {size}: {n} seeds of the configuration that will be chosen"
@@ -171,10 +184,11 @@ def list_study(study, outputs, console):
     "What the study would run: status, parameters, and the time it takes, as far as finished runs tell."
     from rich.markup import escape
     from rich.table import Table
-    from peft_study.sweep import all_results, estimate, on_one_device
+    from peft_study.sweep import all_results, estimate, on_one_device, runs_of_another_protocol
     _go_offline_if_unreachable()
     warn_of_budgets(study)
     with _as_started(study, outputs) as folder:
+        if why := runs_of_another_protocol(study.name, folder): print(f"peft-study: {why}", file=sys.stderr)
         results, rows = on_one_device(all_results(folder)), _planned(study, folder)
     seconds = [estimate(config, results) for _, config, *_ in rows]
     several = len({config.checkpoint for config in study.configs}) > 1
@@ -185,6 +199,7 @@ def list_study(study, outputs, console):
         table.add_row(name, *encoder, state, trainable_parameters(config), "" if s is None else f"{n * s / 60:.1f}")
     print_whole(table, console)
     print(f"{sum(n for *_, n in rows)} runs; {_time_left(rows, seconds, results, outputs)}")
+    if why := unreadable_data(study): print(f"what is finished is not known here: {why}")
 
 # %% ../nbs/25_terminal.ipynb #7e000017
 def _build() -> str:

@@ -57,9 +57,12 @@ def test_defaults_of_a_method(name):
 TRAIN = """
 import sys
 from peft_study.config import RunConfig
+from peft_study.runs import read_result
 from peft_study.train import train
 short = dict(max_train_examples=32, max_eval_examples=8, n_epochs=1)
-train([RunConfig(task_name="cola", method="lora", data="demo", checkpoint=sys.argv[1], **short)], sys.argv[2])
+folder, = train([RunConfig(task_name="cola", method="lora", data="demo", checkpoint=sys.argv[1], **short)], sys.argv[2])
+origin = read_result(folder)["provenance"]
+assert {len(origin[name]) for name in ("data_fingerprint", "use_fingerprint")} == {16} and len(origin["canary"]) == 8
 print(*[m for m in sys.modules if m.startswith("peft_study.")])
 """
 
@@ -75,3 +78,23 @@ def test_code_version_has_what_decides(tiny, tmp_path):
     assert imported <= hashed, "a module that training imports is not in runs.code_files"
     idle = {m for m in hashed - imported if not m.startswith("methods.")}
     assert idle == set(), "runs.code_files has a module that training does not import"
+
+
+def test_same_rows_from_anywhere(tmp_path, monkeypatch):
+    "The Hub, a clone of its files, and the TSVs of the official download: the same rows are the same run."
+    import pandas as pd
+    from datasets import Dataset
+    from peft_study import data
+    rows = pd.DataFrame(dict(sentence1=["It rains. ", "A man sings."], sentence2=["It pours.", "A man is silent."],
+                             label=[3.8, .25])).astype(dict(label="float32"))
+    (tmp_path/"tsv/STS-B").mkdir(parents=True)
+    (tmp_path/"clone/stsb").mkdir(parents=True)
+    for split, name in (("train", "train"), ("validation", "dev")):
+        rows.to_parquet(tmp_path/f"clone/stsb/{split}-00000-of-00001.parquet")
+        lines = [f"{r.sentence1}\t{r.sentence2}\t{r.label:.3f}" for r in rows.itertuples()]
+        (tmp_path/f"tsv/STS-B/{name}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *lines]) + "\n")
+    monkeypatch.undo()   # of what stands for the Hub
+    monkeypatch.setattr(data, "_load_hub", lambda hub, split=None: Dataset.from_pandas(rows))
+    places = ("hub", str(tmp_path/"clone"), str(tmp_path/"tsv"))
+    runs = [RunConfig(task_name="stsb", method="lora", data=place) for place in places]
+    assert len({run.run_id for run in runs}) == 1
