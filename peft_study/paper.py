@@ -36,7 +36,7 @@ from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, di
                               expected_best_figure, layer_diagram, number, place_names, published_scaling,
                               relative_to_full, score_vs_parameters, shown_encoder, shown_method, shown_metrics,
                               shown_size)
-from .report import (Marks, Trace, against_table, as_it_is, half_width, is_synthetic, ordered_cells,
+from .report import (Marks, Trace, against_table, as_it_is, cited, half_width, is_synthetic, ordered_cells,
                                markdown_table, p_text, pair_table, percent, points, primary_table)
 from .results import (CELL, PLACE, DevExamples, answers, asked, best_sizes, budget_curves, cell_means,
                                 compare, compare_over_tasks, compare_pairs, done, epoch_scores, floors, load_runs,
@@ -370,7 +370,8 @@ def methods_table(paper:Paper) -> str:
         try: method = find_method(names[label])
         except BadInput: method = None   # one's own, which is not here
         about = ["", "", ""]
-        if method: about = [*(_without_variants(t, label) for t in (method.trained, method.formula)), method.source]
+        if method:
+            about = [*(_without_variants(t, label) for t in (method.trained, method.formula)), cited(method.source)]
         rows.append([shown_method(label), *about])
     return markdown_table(["method", "what learns", "parameters", "source"], rows, right=4)
 
