@@ -36,8 +36,8 @@ from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, di
                               expected_best_figure, layer_diagram, number, place_names, published_scaling,
                               relative_to_full, score_vs_parameters, shown_encoder, shown_method, shown_metrics,
                               shown_size)
-from .report import (Marks, Trace, against_table, as_it_is, half_width, ordered_cells, markdown_table,
-                               p_text, pair_table, percent, points, primary_table)
+from .report import (Marks, Trace, against_table, as_it_is, cited, half_width, is_synthetic, ordered_cells,
+                               markdown_table, p_text, pair_table, percent, points, primary_table)
 from .results import (CELL, PLACE, DevExamples, answers, asked, best_sizes, budget_curves, cell_means,
                                 compare, compare_over_tasks, compare_pairs, done, epoch_scores, floors, load_runs,
                                 methods_in, not_reported, paired, predictions_of, reported, runs_of, studies,
@@ -133,7 +133,7 @@ class Paper:
         self.cells = ordered_cells(cell_means(self.table, self.examples))
         self.best = ordered_cells(best_sizes(self.table, self.examples))
         self.comparisons = compare(self.table, examples=self.examples)
-        self.synthetic = bool((self.runs.data == "demo").all()) and all(task in MAKERS for task in self.tasks)
+        self.synthetic = is_synthetic(self.runs)
         self.of_glue = not self.synthetic and any(get_task(task).of_glue for task in self.tasks)
         self.two_stages = bool(self.table.stage.eq("final").any())
         self.tuned = "tune_share" in self.runs and bool((self.runs.tune_share > 0).any())
@@ -370,7 +370,8 @@ def methods_table(paper:Paper) -> str:
         try: method = find_method(names[label])
         except BadInput: method = None   # one's own, which is not here
         about = ["", "", ""]
-        if method: about = [*(_without_variants(t, label) for t in (method.trained, method.formula)), method.source]
+        if method:
+            about = [*(_without_variants(t, label) for t in (method.trained, method.formula)), cited(method.source)]
         rows.append([shown_method(label), *about])
     return markdown_table(["method", "what learns", "parameters", "source"], rows, right=4)
 

@@ -20,7 +20,7 @@ class HfLoRA(OfficialMethod):
     start = "exact"
     trained = "a low-rank update of query and value (Hugging Face PEFT)"
     formula = "4LHr"
-    source = "Hu et al. 2021; Hugging Face PEFT"
+    source = "Hu et al. 2022; Hugging Face PEFT"
     default_lr = 1e-3
     no_decay = ("lora_",)
 
