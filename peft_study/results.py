@@ -52,10 +52,13 @@ def _encoder(row:dict) -> str:
     return os.path.normpath(row["checkpoint"])
 
 def _data_id(row:dict) -> str:
-    "The data of a cell: hub, demo, or the fingerprint of a folder; and how much of it trains."
+    "The data of a cell: the fingerprint of its rows, or a name; and how much of it trains."
     fingerprint = row.get("provenance_data_fingerprint") or os.path.normpath(row["data"])
-    if row["data"] in ("hub", "demo") and row["task_name"] in TASKS: data = row["data"]
+    by_rows = "provenance_use_fingerprint" in row   # older runs of GLUE on the Hub have no fingerprint of its rows
+    named = row["data"] == "demo" or (row["data"] == "hub" and not by_rows)
+    if named and row["task_name"] in TASKS: data = row["data"]
     else: data = fingerprint[:8] if "/" not in fingerprint else fingerprint
+    if row.get("whole_texts") is True: data += "[whole]"
     n = row.get("max_train_examples")
     return f"{data}[:{n:.0f}]" if n and n == n else data
 
