@@ -18,7 +18,7 @@ def shown(cell) -> str:
         elif "data" in output: texts.append(output.data.get("text/markdown") or output.data.get("text/plain", ""))
     lines = "".join(texts).splitlines()
     text = " ".join(line for line in lines if not re.search(r"\r|(it|examples)/s\]|^step \d+/\d+ · ", line))
-    return " ".join(re.sub(r"\b0x[0-9a-f]{6,}", "0x…", text).split())
+    return " ".join(re.sub(r"( at)? 0x[0-9a-f]{6,}", "", text).split())
 
 
 def close(stored:str, found:str) -> bool:
