@@ -154,12 +154,12 @@ def run(ctx:typer.Context, settings, outputs:Outputs=Path("outputs"),
     from peft_study.data import check_source
     from peft_study.kernels import warm_up
     from peft_study.predict import complete_predictions
-    from peft_study.runs import is_done, run_folder
+    from peft_study.runs import is_done, run_folder, start_run
     from peft_study.train import check_processes
     from peft_study.sweep import RunFailed, run_notebook
-    warn_of_settings()
     config, console = RunConfig(**settings), Console()
     check_source(get_task(config.task_name), config.data)
+    warn_of_settings()
     warn_of_gpus()
     if processes > 1: check_processes(processes)
     folder = run_folder(config, outputs)
@@ -169,6 +169,7 @@ def run(ctx:typer.Context, settings, outputs:Outputs=Path("outputs"),
         return report_run(folder, console)
     warm_up()   # which imports while the input is checked
     check(config)
+    start_run(config, outputs)
     advise_on_pooling([config])
     console.print(config.run_id, highlight=False)
     try:
@@ -298,12 +299,12 @@ def study_(ctx:typer.Context, settings, name:Annotated[str, typer.Argument(help=
     from rich.console import Console
     from peft_study.config import read_study
     from peft_study.records import begun
-    warn_of_settings()
     if tasks: settings["task_name"] = " ".join(_split(tasks))
     if final_seeds: settings["final_seeds"] = final_seeds
     overrides = {k: str(v).lower() if isinstance(v, bool) else v for k, v in settings.items()}
     auto = begun(settings.get("study", name), outputs).get("auto")
     study = read_study(name, overrides=overrides, methods=_split(methods), auto=auto)
+    warn_of_settings()
     for config in study.configs: get_task(config.task_name)
     if shard: study = study.shard(shard)
     if dry_run: list_study(study, outputs, Console())

@@ -17,7 +17,7 @@ from typing import Literal
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from .data import PACKAGED, Selection, file_hash, use_fingerprint
-from .files import import_object, own_source, read_ini, reason, settings_files
+from .files import foreign_settings, import_object, own_source, read_ini, reason, settings_files
 from .glue import BadInput, TASKS, get_task
 from .methods.core import Method, find_method, one_line
 
@@ -389,7 +389,8 @@ def _declaring(name:str, files:list[Path]) -> tuple[Path, ConfigParser]:
         names = sorted({re.split("[.:]", s)[0] for s in ini.sections()} - {"task"})   # [task.NAME] is a task
         if name in names: return file, ini
         known += names
-    raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(dict.fromkeys(known)) or 'none'}")
+    passed_over = "; settings.ini of this folder declares none" if foreign_settings() else ""
+    raise BadInput(f"unknown study {name!r}: {file.name} has {', '.join(dict.fromkeys(known)) or 'none'}{passed_over}")
 
 def _from_there(settings:dict[str, str], folder:Path, overrides) -> dict[str, str]:
     "A relative path in a settings file of another folder is relative to that folder, unless it leads somewhere here."

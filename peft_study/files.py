@@ -86,8 +86,8 @@ def default_outputs() -> Path:
 
 # %% ../nbs/00_files.ipynb #2aa7e130
 def _declares(file:Path) -> bool:
-    "Whether a settings.ini has a section of a study's method or of a task, whatever else may be wrong with it."
-    return bool(re.search(r"^\s*\[[\w-]+\.[^\]]+\]", read_text(file, "replace"), re.MULTILINE))
+    "Whether a settings.ini has a study's method, a task, or a study's tasks, whatever else may be wrong with it."
+    return bool(re.search(r"^\s*(\[[\w-]+\.[^\]]+\]|task_name\s*[=:])", read_text(file, "replace"), re.MULTILINE))
 
 def foreign_settings() -> Path|None:
     "The settings.ini of this folder, where it is another tool's."

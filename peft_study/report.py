@@ -478,7 +478,7 @@ def check(files, said:str="", # what the program printed
          ) -> list[str]:      # its other warnings
     "Fail with one line on what must not be in rendered files, the notebook behind them, or what was printed."
     import nbformat
-    kinds = {".html": lambda f: faults_of_page(f.read_text()), ".pdf": faults_of_pdf,
+    kinds = {".html": lambda f: faults_of_page(f.read_text(encoding="utf-8")), ".pdf": faults_of_pdf,
              ".ipynb": lambda f: faults_of_notebook(nbformat.read(f, 4))}
     lines = re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()
     found = {file.name: kinds[file.suffix](file) for file in map(Path, files)}

@@ -20,7 +20,7 @@ GOOD = "[mine]\ntask_name = rte\ndata = demo\n[mine.lora]\nrank = 4\n"
     (GOOD + "seed = 0..4\n", ["study", "mine"],
      "[mine.lora]: seed must be a valid integer, unable to parse string as an integer, got '0..4'"),
     ("[mine]\ntask_name = rte\n", ["study", "mine"], "study 'mine' has no section [mine.METHOD]"),
-    ("mine\n", ["study", "mine"], "settings.ini"),
+    ("mine\n", ["study", "mine"], "; settings.ini of this folder declares none"),
     (GOOD, ["study", "mine", "--shard", "5/3"], "shard must be i/n with i from 1 to n, got '5/3'"),
     (GOOD, ["study", "mine", "--final-seeds", "0 1"],
      "settings.ini [mine]: final_seeds must be other seeds than those that tune: 0 is in seed"),
@@ -168,7 +168,9 @@ def test_the_demo_teaches():
     "Its record: the runs of settings.ini; every size of every method far above the majority class and the probe."
     runs = pd.read_csv(REPO/"reports/records/demo/results.csv")
     study = read_study("demo", REPO/"settings.ini", auto=runs.precision[0])
-    assert sorted(runs.run_id) == sorted(c.run_id for c in study.configs)
+    def run(c, label, size): return c.task_name, label, size, c.seed, c.lr
+    declared = [run(c, c.method.label, c.method.size) for c in study.configs]
+    assert sorted(run(r, r.label, r["size"]) for _, r in runs.iterrows()) == sorted(declared)
     majority = dict(cola=0., sst2=.5)   # Matthews correlation, accuracy
     for task, of_task in runs.groupby("task_name"):
         probe = of_task[of_task.method == "head"].score.mean()
