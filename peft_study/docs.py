@@ -42,7 +42,7 @@ def contents(folder) -> str: # of the notebooks
     return "\n\n".join(parts)
 
 # %% ../nbs/32_docs.ipynb #q30d0001
-def make_docs(command=("nbdev-docs", "--n_workers", "1"), notebooks="nbs", pages="_docs"):
+def make_docs(command=("nbdev-docs", "--n-workers", "1"), notebooks="nbs", pages="_docs"):
     "Make the site; ends with one line where that fails, or where a page has what no reader should see."
     from peft_study.report import check
     with TemporaryDirectory() as folder:
