@@ -419,11 +419,13 @@ def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
     """Put what readers need of a study where the repository keeps it, with a page, and what it found into README where
     that has a place for it; a study goes on from there."""
     from peft_study.cards import check_push, push as upload
-    from peft_study.records import publish
+    from peft_study.records import PAPER, publish, store_paper
     if push: check_push(push)
     folder = publish(study, outputs, to)
     write_page(study, outputs, folder)
-    if to is None and repository(): write_findings(repository()/"README.md", folder.parent)
+    if to is None and repository():
+        write_findings(repository()/"README.md", folder.parent)
+        if study == PAPER and (Path(outputs)/study/"report"/"report.ipynb").is_file(): store_paper(study, outputs)
     megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
     print(f"{os.path.relpath(folder)}: {len(list(folder.glob('runs/*')))} runs, {megabytes:.1f} MB")
     if push: print(upload(folder, push, "dataset"))

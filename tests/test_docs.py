@@ -41,6 +41,9 @@ def test_page(prepared, notebook):
     if "#| default_exp" in notebook.read_text():
         imports = [c for c in page[:6] if source(c).startswith(("import ", "from "))]
         assert not imports, "a page begins with imports: #| hide"
+    for cell in page:
+        pictures = [o for o in cell.get("outputs", []) if any(k.startswith("image/") for k in o.get("data", {}))]
+        assert not pictures or "#| fig-alt: " in source(cell), "a picture without alternative text"
     for output in [o for c in page for o in c.get("outputs", [])]:
         text = json.dumps(output)
         assert "__main__" not in text and "it/s]" not in text and "text/html" not in output.get("data", {})

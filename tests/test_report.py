@@ -258,3 +258,26 @@ def test_source_follows_quarto():
     assert "/home/" not in text and "/work" not in text and "/tmp" not in text
     assert "🤗" not in text   # an empty box in most fonts
     assert "breakable" in (REPO/"_quarto.yml").read_text()
+
+
+def test_paper(tmp_path):
+    "The stored paper renders as it is; its numbers lead to published runs, and its data are those of the study."
+    shutil.copy(REPO/"reports/paper.ipynb", tmp_path)
+    made = render_with_pandoc(tmp_path/"paper.ipynb")
+    page, runs = Page(made[0].read_text()), Page((REPO/"reports/records/small/runs.html").read_text())
+    links = [link for link in page.links if not link.startswith(("#", "https://"))]
+    assert links and all(link.startswith("records/small/runs.html#") for link in links)
+    assert {link.split("#")[1] for link in links} <= runs.ids
+    text = (tmp_path/"paper.ipynb").read_text()
+    assert "/home/" not in text and "/work" not in text and "/tmp" not in text
+    assert "reports/paper.ipynb" in (REPO/"_quarto.yml").read_text()
+    assert not unresolved(page) and "Howard" in page.text and "DoRA" in page.text
+
+
+def test_subtitle():
+    "A study of synthetic data is not one of GLUE, whatever its tasks are called."
+    import pandas as pd
+    from peft_study.report import subtitle
+    def of(*rows): return subtitle(pd.DataFrame(rows, columns=["task_name", "data"]))
+    assert of(("cola", "demo"), ("sst2", "demo")).endswith("on synthetic data")
+    assert of(("cola", "hub")).endswith("on GLUE")
