@@ -83,16 +83,26 @@ def test_dry_runs(command, tmp_path):
 
 def test_dry_run_counts_what_is_published(command, glue, tmp_path):
     "A fresh clone lists published runs as done, as a start would find them, and writes nothing."
-    only = ["--tasks", "rte", "--methods", "head", "--data", str(glue), "--dry-run"]
-    code, out, err = command("study", "small", *only, cwd=REPO, outputs=tmp_path/"new")
-    assert code == 0 and "8 runs; 0.0 h of training left" in out and out.count(" done ") == 8, out + err
+    only = ["--tasks", "cola", "--methods", "full", "--data", str(glue), "--dry-run"]
+    code, out, err = command("study", "pilot", *only, cwd=REPO, outputs=tmp_path/"new")
+    assert code == 0 and "2 runs; 0.0 h of training left" in out and out.count(" done ") == 2, out + err
     assert not (tmp_path/"new").exists()
-    begun = tmp_path/"begun/small/runs/rte-head-all-s1-cd8ab1ae"   # published, and begun here as well
+    published = next((REPO/"reports/records/pilot/runs").glob("cola-full-*"))
+    begun = tmp_path/"begun/pilot/runs"/published.name   # published, and begun here as well
     begun.mkdir(parents=True)
-    code, out, err = command("study", "small", *only, cwd=REPO, outputs=tmp_path/"begun")
-    assert code == 0 and out.count(" done ") == 8 and not list(begun.iterdir()), out + err
-    code, out, err = command("study", "small", *only, "--lr", "5e-3", cwd=REPO, outputs=tmp_path/"new")
-    assert code == 0 and out.count(" to come ") == 2 and "5 seeds of the configuration that will" in out
+    code, out, err = command("study", "pilot", *only, cwd=REPO, outputs=tmp_path/"begun")
+    assert code == 0 and out.count(" done ") == 2 and not list(begun.iterdir()), out + err
+    code, out, err = command("study", "pilot", *only, "--lr", "5e-3", cwd=REPO, outputs=tmp_path/"new")
+    assert code == 0 and out.count(" to come ") == 2, out + err
+
+
+def test_runs_of_another_protocol(command, glue, tmp_path):
+    "Published runs with the former tuning split are read; new ones do not join them."
+    given = ["study", "small", "--tasks", "rte", "--methods", "head", "--data", str(glue)]
+    code, out, err = command(*given, cwd=REPO, outputs=tmp_path)
+    assert code == 2 and "runs of an older version, whose tuning split is another" in err.splitlines()[-1], err
+    code, out, err = command(*given, "--dry-run", cwd=REPO, outputs=tmp_path/"new")
+    assert code == 0 and "8 runs" in out and "older version" in err, out + err
 
 
 def test_one_cell_of_encoders(command, tmp_path):
