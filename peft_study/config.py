@@ -397,7 +397,7 @@ def _from_there(settings:dict[str, str], folder:Path, overrides) -> dict[str, st
     found = {}
     for name in {"data", "checkpoint"} & settings.keys() - overrides.keys():
         path = settings[name]
-        if path in ("hub", "demo", "minilm") or Path(path).exists() or not (folder/path).is_dir(): continue
+        if path in ("hub", "demo", *PACKAGED) or Path(path).exists() or not (folder/path).is_dir(): continue
         found[name] = os.path.normpath(folder/path)
     return settings | found
 

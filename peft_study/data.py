@@ -185,7 +185,6 @@ def bad_rows(task:Task, split:str, data:str) -> list[str]:
 
 # %% ../nbs/03_data.ipynb #2de35738
 def _go_offline(why:BaseException):
-    import os
     from datasets import config
     from huggingface_hub import constants
     os.environ["HF_HUB_OFFLINE"] = "1"   # for processes that are started from here
@@ -195,7 +194,7 @@ def _go_offline(why:BaseException):
 @cache
 def watch_network():
     "Have the libraries of the Hub stop at the first connection that cannot be made, and use the cache."
-    import logging, os
+    import logging
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import _http as hub
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)   # its retries are no news to the user
