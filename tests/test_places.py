@@ -135,7 +135,10 @@ def test_an_unfinished_run_elsewhere(tmp_path):
     from peft_study.config import RunConfig
     from peft_study.results import load_runs
     from peft_study.runs import start_run
-    (tmp_path/"here/data").mkdir(parents=True)
+    (tmp_path/"here/data/RTE").mkdir(parents=True)
+    for split in ("train", "dev"):
+        rows = "index\tsentence1\tsentence2\tlabel\n0\tIt rains.\tIt pours.\tentailment\n"
+        (tmp_path/f"here/data/RTE/{split}.tsv").write_text(rows)
     (tmp_path/"elsewhere").mkdir()
     with chdir(tmp_path/"here"):
         start_run(RunConfig(task_name="rte", method="lora", data="data", study="s"), tmp_path/"outputs")

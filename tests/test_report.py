@@ -1,14 +1,12 @@
 "The report as its readers meet it: the page, its figures and links, and studies that lack something."
 import json, re, resource, shutil, time
-from collections import defaultdict
 from html.parser import HTMLParser
-from itertools import pairwise
 import nbformat, pytest
 from conftest import REPO
 from peft_study.config import RunConfig
 from peft_study.methods.core import method_names
 from peft_study.cards import command_of
-from peft_study.report import execute_report, options, quarto_program, render_with_pandoc, report
+from peft_study.report import execute_report, faults_of_pdf, options, quarto_program, render_with_pandoc, report
 from peft_study.runs import read_config, start_run
 
 
@@ -68,18 +66,8 @@ def table_rows(folder):
 def check_pdf(folder):
     "The PDF's text without spaces; every table's last row is on a page, no text lies on another, or beyond the paper."
     from pypdf import PdfReader
-    text = ""
-    for page in PdfReader(folder/"report.pdf").pages:
-        lines = defaultdict(list)   # height on the page → what stands there: where it begins, least width, words
-        def visit(piece, cm, tm, font, size):
-            if not piece.strip(): return
-            x, y = (tm[4] * cm[i] + tm[5] * cm[i + 2] + cm[i + 4] for i in (0, 1))
-            assert 20 < x < page.mediabox.width - 20 and 20 < y < page.mediabox.height - 20, piece
-            lines[round(y)].append((x, .33 * abs(size * tm[0] * cm[0]) * len(piece.strip()), piece))
-        text += page.extract_text(visitor_text=visit)
-        for pieces in lines.values():
-            for (x, width, piece), (beside, _, other) in pairwise(sorted(pieces)):
-                assert x + width < beside + 1, (piece, other)
+    assert faults_of_pdf(folder/"report.pdf") == []
+    text = "".join(page.extract_text() for page in PdfReader(folder/"report.pdf").pages)
     for rows in table_rows(folder):
         words = [part for cell in rows[-1] for part in re.split(r"@[\w-]+", cell)]   # a citation is written otherwise
         for part in words: assert squeezed(part) in squeezed(text), rows[-1]
