@@ -59,7 +59,7 @@ def table_rows(folder):
     outputs = [o for c in cells if c.cell_type == "code" for o in c.outputs]
     shown = [o.data.get("text/markdown", "") for o in outputs if "data" in o]
     for text in shown:
-        lines = re.findall(r"^\|(.*)\|$", re.sub(r"\[(.*?)\]\([^)]*\)", r"\1", text), re.M)
+        lines = re.findall(r"^\|(.*)\|$", re.sub(r"\[([^]]*)\](\([^)]*\)|\{\.unbroken\})", r"\1", text), re.M)
         if lines: yield [[re.sub(r"[*`\\]", "", cell) for cell in line.split(" | ")] for line in lines]
 
 
