@@ -322,7 +322,7 @@ def write_bench(folder, common:dict, rows:list[dict]):
 def plot(rows):
     "A bar a task and method: ratio to the peer, with its spread."
     import matplotlib.pyplot as plt
-    from peft_study.plots import COLOURS
+    from peft_study.methods.core import described
     table = ratios(rows)
     tasks, methods = list(dict.fromkeys(table.task)), list(dict.fromkeys(table.method))
     fig, ax = plt.subplots(figsize=(max(5, 1.5 + 1.2 * len(tasks)), 3), layout="constrained")
@@ -331,7 +331,7 @@ def plot(rows):
         group = table[table.method == method]
         x = [tasks.index(task) + (i - (len(methods) - 1) / 2) * width for task in group.task]
         spread = [group.ratio - group.low, group.high - group.ratio]
-        ax.bar(x, group.ratio, .94 * width, color=COLOURS.get(method, "#56b4e9"), label=method, yerr=spread,
+        ax.bar(x, group.ratio, .94 * width, color=described(method)["colour"] or "#56b4e9", label=method, yerr=spread,
                error_kw=dict(lw=1))
     ax.axhline(1, color="#666666", lw=1)
     ax.set_xticks(range(len(tasks)), tasks)

@@ -31,7 +31,7 @@ from .demo import SIZES as DEMO_SIZES
 from .encoders import head_parameters, pooler_parameters
 from .files import default_outputs, read_ini, repository, root, settings_files
 from .glue import BadInput, TASKS, TRAIN_ROWS, get_task
-from .methods.core import find_method
+from .methods.core import described, find_method
 from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, differences_figure,
                               expected_best_figure, layer_diagram, number, place_names, published_scaling,
                               relative_to_full, score_vs_parameters, shown_encoder, shown_method, shown_metrics,
@@ -99,7 +99,7 @@ def with_size(label:str, size:str) -> str:
 
 def be(label:str) -> str:
     "The verb that goes with a method."
-    return "are" if label.split()[0] in ("adapter", "layernorm") else "is"
+    return "are" if described(label)["plural"] else "is"
 
 def within(low, high) -> str: # fractions
     "An interval in points, where there is one: ` (0.2 to 2.4)`."
@@ -433,15 +433,13 @@ def data_table(paper:Paper) -> str:
 
 # %% ../nbs/24_paper.ipynb #952fff1d
 def _own_settings(runs) -> str:
-    "Settings of a method beside its size, its main ones and those that are no defaults: `alpha = rank; init = near`."
-    fields = find_method(runs.method.iloc[0]).model_fields
-    sizes = ("rank", "bottleneck_size", "top_k", "prompt_length", "prefix_length")
-    main = ("alpha", "targets", "init", "placement")
-    words = []
+    "Settings of a method beside its size that are no defaults: `alpha = rank; init = framework`."
+    method = find_method(runs.method.iloc[0])
+    fields, words = method.model_fields, []
     for name in fields:
         values = runs[name].dropna() if name in runs else pd.Series(dtype=object)
         defaults = {str(fields[name].default), str(fields[name].default).lower()}
-        if name in sizes or values.empty or (name not in main and set(map(str, values)) <= defaults): continue
+        if name in (method.sized_by or ()) or values.empty or set(map(str, values)) <= defaults: continue
         ranks = runs.loc[values.index, "rank"].astype(float) if "rank" in fields else math.nan
         of_rank = name == "alpha" and "rank" in fields and (values.astype(float) == ranks).all()
         words.append(f"{name} = {'rank' if of_rank else re.sub(', *', ', ', span(values))}")

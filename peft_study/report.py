@@ -195,7 +195,8 @@ def p_text(p) -> str:
     if p != p: return "—"
     return "< 0.001" if p < .001 else f"{p:.3f}"
 
-def interval_text(low, high, written=points) -> str: return "—" if low != low else f"{written(low)}\u00a0to\u00a0{written(high)}"
+def interval_text(low, high, written=points) -> str:
+    return "—" if low != low else f"{written(low)}\u00a0to\u00a0{written(high)}"
 
 def test_table(table, trace:Trace, examples:DevExamples, name:str="tbl-tests") -> str:
     "Markdown; empty where there is nothing to compare."

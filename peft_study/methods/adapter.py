@@ -67,6 +67,12 @@ class Adapter(Method):
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
         "houlsby", description="after both sublayers, after the feed-forward one, or beside it")
 
+    title = "adapters"
+    plural = True
+    colour = "#de8f05"
+    known_as = dict(pfeiffer=dict(title="Pfeiffer adapters"), parallel=dict(title="parallel adapters"))
+    stacks = ("bottleneck_size", "init")
+    sized_by = ("m", "bottleneck_size")
     variants = ("placement", "nonlinearity", "init")
     trained = "adapters after both sublayers and all LayerNorms; pfeiffer, parallel: one adapter a layer"
     formula = "2L (2Hm + m + H) + 4LH + 2E; pfeiffer, parallel: L (2Hm + m + H)"
@@ -75,9 +81,6 @@ class Adapter(Method):
 
     @property
     def start(self): return "near" if self.init == "near" else "other"
-
-    @property
-    def size(self): return f"m{self.bottleneck_size}"
 
     def check(self, config):
         if self.bottleneck_size > config.hidden_size:

@@ -13,6 +13,9 @@ from .core import Method
 # %% ../../nbs/methods/04_bitfit.ipynb #deff8ced
 class BitFit(Method):
     "All biases of the encoder, LayerNorms' included; the head learns as well."
+    title = "BitFit"
+    colour = "#d55e00"
+    stacks = ()
     trained = "all biases of the encoder"
     formula = "L (7H + F) + E, and a few more where a family has more biases"
     source = "Ben Zaken et al. 2022"

@@ -16,6 +16,11 @@ class Full(Method):
     "Full fine-tuning: all parameters, or those of the top `top_k` layers, pooler and head."
     top_k: int|None = Field(None, ge=1, description="train only the top k layers (default: everything)")
 
+    title = "full"
+    colour = "#0173b2"
+    known_as = dict(top_k=dict(title="top layers", colour="#333333"))
+    stacks = ()
+    sized_by = ("k", "top_k")
     start = "exact"
     trained = "the encoder's own weights"
     formula = "all; top_k=k: k (4H² + 2HF + 9H + F), and the pooler"
@@ -23,9 +28,6 @@ class Full(Method):
     mergeable = True   # it changes the encoder's own weights, or none
     default_lr = 2e-5
     trains_pooler = True
-
-    @property
-    def size(self): return f"k{self.top_k}" if self.top_k else "all"
 
     @property
     def label(self): return "top_k" if self.top_k else "full"

@@ -12,6 +12,9 @@ from .core import Method
 # %% ../../nbs/methods/05_head.ipynb #8a272831
 class Head(Method):
     "The head on the frozen encoder."
+    title = "linear probe"
+    colour = "#949494"
+    stacks = ()
     trained = "nothing but the head"
     formula = "none"
     source = "Alain and Bengio 2016 (linear probes)"

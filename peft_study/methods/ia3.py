@@ -61,6 +61,9 @@ def unmerge_ia3(linear):
 # %% ../../nbs/methods/07_ia3.ipynb #0af572f6
 class IA3(Method):
     "Rescaled keys, values and feed-forward activations; the head learns as well."
+    title = "(IA)³"
+    colour = "#56b4e9"
+    stacks = ()
     trained = "a scale of keys, values and the input of ffn_out"
     formula = "L (2H + F)"
     source = "Liu et al. 2022"

@@ -12,6 +12,10 @@ from .core import Method, in_norm
 # %% ../../nbs/methods/06_layernorm.ipynb #87b862ff
 class LayerNorm(Method):
     "The LayerNorms of the encoder; the head learns as well."
+    title = "LayerNorms"
+    plural = True
+    colour = "#fbafe4"
+    stacks = ()
     trained = "all LayerNorms of the encoder"
     formula = "4LH + 2E"
     source = "Houlsby et al. 2019, section 3.4; Qi et al. 2022"

@@ -99,6 +99,12 @@ class LoRA(Method):
     dora: bool = Field(False, description="learn magnitude and direction apart (Liu et al. 2024)")
     lora_plus: float = Field(1., gt=0, description="learning rate of B over that of A (Hayou et al. 2024)")
 
+    title = "LoRA"
+    colour = "#029e73"
+    known_as = {"all targets": dict(title="LoRA on all linear layers"), "dora": dict(title="DoRA"),
+                "rslora": dict(title="rsLoRA")}
+    stacks = ("rank", "alpha", "rslora", "lora_plus")
+    sized_by = ("r", "rank")
     start = "exact"
     variants = ("targets", "rslora", "dora")
     trained = "a low-rank update of query and value, or other targets"
@@ -120,9 +126,6 @@ class LoRA(Method):
     def alpha_is_rank(self):
         if self.alpha is None: object.__setattr__(self, "alpha", float(self.rank))
         return self
-
-    @property
-    def size(self): return f"r{self.rank}"
 
     @property
     def scale(self): return self.alpha / (self.rank**.5 if self.rslora else self.rank)

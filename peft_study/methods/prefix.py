@@ -86,6 +86,9 @@ class Prefix(Method):
     reparam: int|None = Field(
         None, ge=1, description="width of a network that makes the prefix while training (default: none)")
 
+    title = "prefix tuning"
+    colour = "#cc78bc"   # its attention is its own, so it does not stack
+    sized_by = ("n", "prefix_length")
     start = "other"
     variants = ("reparam",)
     trained = "keys and values before those of the input, in every layer"
@@ -93,9 +96,6 @@ class Prefix(Method):
     source = "Li and Liang 2021"
     default_lr = 1e-2
     no_decay = ("prompt_", "prefix_table")
-
-    @property
-    def size(self): return f"n{self.prefix_length}"
 
     def check(self, config):
         if "functions" in get_family(config).attention_takes: return

@@ -45,6 +45,10 @@ class Prompt(Method):
         "cls", description="classify from [CLS] (or the mean of words), or from the first position (or the mean of "
                            "all) as 🤗 peft does")
 
+    title = "prompt tuning"
+    colour = "#ca9161"
+    stacks = ()
+    sized_by = ("n", "prompt_length")
     start = "other"
     variants = ("read",)
     trained = "virtual tokens before the input"
@@ -52,9 +56,6 @@ class Prompt(Method):
     source = "Lester et al. 2021"
     default_lr = 1e-2
     no_decay = ("prompt_",)
-
-    @property
-    def size(self): return f"n{self.prompt_length}"
 
     def n_parameters(self, s:Sizes) -> int: return self.prompt_length * s.E
 
