@@ -338,8 +338,8 @@ def write_report(study, outputs, to):
 def report_(study:FinishedStudy, outputs:Outputs=Path("outputs"),
             to:Annotated[str, typer.Option(help="html, typst (for a PDF), or both with a comma")]="html,typst"):
     "The study as a paper, HTML and PDF; with its published records, where the repository has some."
-    from peft_study.records import adopt_all, records_folder
-    if (records_folder(study)/"runs").is_dir(): adopt_all(outputs)   # others too, for what is compared with them
+    from peft_study.records import RUNS_FILE, adopt_all, records_folder
+    if (records_folder(study)/RUNS_FILE).is_file(): adopt_all(outputs)   # others too, for what is compared with them
     write_report(study, outputs, _split(to))
 
 # %% ../nbs/26_cli.ipynb #c100002d
@@ -419,7 +419,7 @@ def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
     """Put what readers need of a study where the repository keeps it, with a page, and what it found into README where
     that has a place for it; a study goes on from there."""
     from peft_study.cards import check_push, push as upload
-    from peft_study.records import PAPER, publish, store_paper
+    from peft_study.records import PAPER, publish, published_runs, store_paper
     if push: check_push(push)
     folder = publish(study, outputs, to)
     write_page(study, outputs, folder)
@@ -427,7 +427,7 @@ def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
         write_findings(repository()/"README.md", folder.parent)
         if study == PAPER and (Path(outputs)/study/"report"/"report.ipynb").is_file(): store_paper(study, outputs)
     megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
-    print(f"{os.path.relpath(folder)}: {len(list(folder.glob('runs/*')))} runs, {megabytes:.1f} MB")
+    print(f"{os.path.relpath(folder)}: {len(published_runs(folder))} runs, {megabytes:.1f} MB")
     if push: print(upload(folder, push, "dataset"))
 
 # %% ../nbs/26_cli.ipynb #94036027

@@ -5,6 +5,7 @@ import pytest
 from conftest import QUICK, REPO, flags
 from peft_study.config import read_study, unequal_budgets
 from peft_study.glue import SUBMISSION_ROWS, TASKS, splits
+from peft_study.records import published_runs
 
 GOOD = "[mine]\ntask_name = rte\ndata = demo\n[mine.lora]\nrank = 4\n"
 
@@ -87,8 +88,8 @@ def test_dry_run_counts_what_is_published(command, glue, tmp_path):
     code, out, err = command("study", "pilot", *only, cwd=REPO, outputs=tmp_path/"new")
     assert code == 0 and "2 runs; 0.0 h of training left" in out and out.count(" done ") == 2, out + err
     assert not (tmp_path/"new").exists()
-    published = next((REPO/"reports/records/pilot/runs").glob("cola-full-*"))
-    begun = tmp_path/"begun/pilot/runs"/published.name   # published, and begun here as well
+    published = next(name for name in published_runs(REPO/"reports/records/pilot") if name.startswith("cola-full-"))
+    begun = tmp_path/"begun/pilot/runs"/published   # published, and begun here as well
     begun.mkdir(parents=True)
     code, out, err = command("study", "pilot", *only, cwd=REPO, outputs=tmp_path/"begun")
     assert code == 0 and out.count(" done ") == 2 and not list(begun.iterdir()), out + err
