@@ -1207,6 +1207,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'peft_study.statistics.tail': ('statistics.html#tail', 'peft_study/statistics.py'),
                                        'peft_study.statistics.two_level': ('statistics.html#two_level', 'peft_study/statistics.py')},
             'peft_study.submission': { 'peft_study.submission._column': ('submission.html#_column', 'peft_study/submission.py'),
+                                       'peft_study.submission._judge': ('submission.html#_judge', 'peft_study/submission.py'),
                                        'peft_study.submission._number': ('submission.html#_number', 'peft_study/submission.py'),
                                        'peft_study.submission._write': ('submission.html#_write', 'peft_study/submission.py'),
                                        'peft_study.submission.answers': ('submission.html#answers', 'peft_study/submission.py'),

@@ -12,7 +12,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 import pandas as pd
 from .data import has_split, read_split
 from .files import read_text
-from .glue import METRICS, SUBMISSION_ROWS, TASKS, BadInput, score, splits, to_word
+from .glue import METRICS, SUBMISSION_ROWS, TASKS, BadInput, Task, score, splits, to_word
 from .predict import decide, predict_split
 from .results import best_runs, load_runs
 from .runs import read_config, write_atomic, write_json
@@ -131,23 +131,24 @@ def _number(task, word, where):
     raise BadInput(f"{where}: {word!r} is no {expected}") from None
 
 # %% ../nbs/19_submission.ipynb #9bebda9f
+def _judge(task:Task, given:Path, labels:Path) -> dict:
+    "Score one file of predictions; of the diagnostic set the metric is another than its task's."
+    if not given.is_file(): raise BadInput(f"{given.parent}: {given.name} is missing, though there are labels for it")
+    truth, answers = _column(labels, "label"), _column(given, "prediction")
+    if truth.keys() != answers.keys():
+        raise BadInput(f"{given}: {len(answers)} predictions for {len(truth)} labels, or of other examples")
+    y = [_number(task, truth[i], labels) for i in truth]
+    p = [_number(task, answers[i], given) for i in truth]
+    found = score(task, p, y)
+    if given.name == "AX.tsv": found = dict.fromkeys(("matthews", "score"), METRICS["matthews"](p, y))
+    return dict(file=given.name, task=task.name, examples=len(truth), **found)
+
 def score_submission(folder, labels):
     "A row a file for which `labels` has the answers: its task, number of examples, metrics and score."
     folder, labels = Path(folder), Path(labels)
     for f in (folder, labels):
         if not f.is_dir(): raise BadInput(f"{str(f)!r}: no such folder")
-    rows = []
-    all_splits = [(t, s.submission) for t in TASKS.values() for s in splits(t).values() if s.submission]
-    for task, name in all_splits:
-        if not (labels/name).is_file(): continue
-        if not (folder/name).is_file(): raise BadInput(f"{folder}: {name} is missing, though there are labels for it")
-        truth, given = _column(labels/name, "label"), _column(folder/name, "prediction")
-        if truth.keys() != given.keys():
-            raise BadInput(f"{folder/name}: {len(given)} predictions for {len(truth)} labels, or of other examples")
-        y = [_number(task, truth[i], labels/name) for i in truth]
-        p = [_number(task, given[i], folder/name) for i in truth]
-        if name == "AX.tsv": found = dict.fromkeys(("matthews", "score"), METRICS["matthews"](p, y))
-        else: found = score(task, p, y)
-        rows.append(dict(file=name, task=task.name, examples=len(truth), **found))
+    files = [(t, s.submission) for t in TASKS.values() for s in splits(t).values() if s.submission]
+    rows = [_judge(task, folder/name, labels/name) for task, name in files if (labels/name).is_file()]
     if not rows: raise BadInput(f"{str(labels)!r} has none of the label files {', '.join(SUBMISSION_ROWS)}")
     return pd.DataFrame(rows)

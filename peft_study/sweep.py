@@ -222,9 +222,11 @@ class Local:
 
     def ended(self) -> list[tuple[RunConfig, int]]: # with their exit codes
         codes = {p: p.exitcode for p, _ in self.running.values()}   # asked once, as a process may end meanwhile
-        over = [(c, codes[p]) for c, (p, _) in self.running.items() if codes[p] is not None]
-        self.free += dict(self.running.pop(config) for config, _ in over).values()   # once a process
-        return over
+        over = {c: unit for c, unit in self.running.items() if codes[unit[0]] is not None}
+        for config in over: del self.running[config]
+        device_of = dict(over.values())   # of each process, which may have had several runs
+        self.free += device_of.values()
+        return [(config, codes[process]) for config, (process, _) in over.items()]
 
     def stop(self):
         for process, _ in self.running.values(): process.kill()
