@@ -1018,6 +1018,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'peft_study.report.walk': ('report.html#walk', 'peft_study/report.py'),
                                    'peft_study.report.whole_words': ('report.html#whole_words', 'peft_study/report.py'),
                                    'peft_study.report.with_front_matter': ('report.html#with_front_matter', 'peft_study/report.py'),
+                                   'peft_study.report.with_whole_words': ('report.html#with_whole_words', 'peft_study/report.py'),
                                    'peft_study.report.without_empty_captions': ( 'report.html#without_empty_captions',
                                                                                  'peft_study/report.py'),
                                    'peft_study.report.without_empty_sections': ( 'report.html#without_empty_sections',
