@@ -441,16 +441,17 @@ def measure_on_gpu(output) -> Path: # the page
 # %% ../nbs/26_cli.ipynb #c1000035
 @app.command("bench")
 def bench_(tasks:Annotated[Optional[str], typer.Option(
-               help="with commas (default: mrpc,rte,stsb,sst2,cola,qnli, as far as the data has them)")]=None,
-           methods:Annotated[str, typer.Option(help="of full, top_k, adapter, lora")]="full,top_k,adapter,lora",
-           sides:Annotated[str, typer.Option(help="of ours, ours_fp32, peer, trainer")]="ours,ours_fp32,peer",
+               help="with commas (default: mrpc,sst2,rte, as far as the data has them)")]=None,
+           methods:Annotated[str, typer.Option(help="of full, top_k, adapter, lora")]="lora",
+           sides:Annotated[str, typer.Option(help="of ours, ours_fp32; the peer as peer_best, peer_compiled, peer (its "
+                                                   "defaults), trainer")]="ours,peer_best,peer",
            without:Annotated[bool, typer.Option("--optimisations", "--levers",
                                                 help="also ours without each of its optimisations")]=False,
            data:Annotated[str, typer.Option(help="a GLUE folder, or demo")]="demo", checkpoint:str="minilm",
-           examples:Annotated[int, typer.Option(min=32, help="to train on")]=320,
+           examples:Annotated[int, typer.Option(min=32, help="to train on")]=640,
            eval_examples:Annotated[int, typer.Option(min=1, help="of the dev set to score")]=200,
            epochs:Annotated[int, typer.Option(min=1)]=2,
-           rounds:Annotated[int, typer.Option(min=1, help="of each side in turn, each with its seed")]=2,
+           rounds:Annotated[int, typer.Option(min=1, help="of each side in turn, each with its seed")]=3,
            gpu:Annotated[bool, typer.Option("--gpu", help="what a GPU does, instead: gpu.json and gpu.md, in some ten "
                                                           "minutes")]=False,
            output:Annotated[Path, typer.Option(help="for bench.json and bench.png; rows that are there, of the same "
@@ -459,7 +460,8 @@ def bench_(tasks:Annotated[Optional[str], typer.Option(
     if gpu:
         print(measure_on_gpu(output))
         return
-    from peft_study.bench import OPTIMISATIONS, bench, format_row, read_bench, save_plot, summary, tasks_of, write_bench
+    from peft_study.bench import (OPTIMISATIONS, against_peers, bench, format_row, read_bench, save_plot, summary,
+                                  tasks_of, write_bench)
     from peft_study.train import status_line
     common = dict(data=data, checkpoint=checkpoint, max_train_examples=examples, max_eval_examples=eval_examples,
                   n_epochs=epochs)
@@ -471,6 +473,7 @@ def bench_(tasks:Annotated[Optional[str], typer.Option(
         rows.append(row)
         write_bench(output, common, rows)   # a row that is measured is kept
     print(summary(rows))
+    print("\n" + against_peers(rows))
     save_plot(rows, output)
     print(output/"bench.json")
 
