@@ -98,6 +98,7 @@ def train_peer(config:RunConfig, best:bool=False, compiled:bool=False) -> dict:
     with torch.no_grad(): logits = torch.cat([peer_logits(model, batch) for batch in dev])
     return measured(config, rows, seconds, processed, logits.cpu().numpy(), accelerator.device)
 
+# %% ../nbs/27_bench.ipynb #f8b70d97
 def peer_epochs(config:RunConfig, rows, tokenizer, best:bool) -> list:
     "The batches of each epoch: shuffled, or at its best those of ours."
     if not best: return [peer_batches(rows, tokenizer, batch_size=config.batch_size, shuffle=True)] * config.n_epochs
@@ -297,6 +298,7 @@ def ratios(rows:list[dict], side:str="ours", base:str="peer"):
         if len(both): found.append(dict(task=task, method=method) | _ratio(a.loc[both], b.loc[both]))
     return pd.DataFrame(found)
 
+# %% ../nbs/27_bench.ipynb #187ab59f
 def optimisation_table(rows:list[dict]):
     "A row an optimisation, task and method: ratio of examples a second with and without it, and of peak memory."
     import pandas as pd

@@ -431,12 +431,13 @@ def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
     if push: print(upload(folder, push, "dataset"))
 
 # %% ../nbs/26_cli.ipynb #94036027
-def measure_on_gpu(output) -> Path: # the page
+def measure_on_gpu(output, dry_run:bool, minutes:float) -> Path: # the page
     "All that `gpu` measures; `BadInput` where torch can use no GPU."
     from peft_study.gpu import measure_gpu
     from peft_study.sweep import devices, gpu_trouble
-    if devices() == ["cpu"]: raise BadInput(gpu_trouble() or "bench --gpu finds no GPU that torch can use")
-    return measure_gpu(output)
+    if not dry_run and devices() == ["cpu"]:
+        raise BadInput(gpu_trouble() or "bench --gpu finds no GPU that torch can use")
+    return measure_gpu(output, dry_run, minutes)
 
 # %% ../nbs/26_cli.ipynb #c1000035
 @app.command("bench")
@@ -452,13 +453,17 @@ def bench_(tasks:Annotated[Optional[str], typer.Option(
            eval_examples:Annotated[int, typer.Option(min=1, help="of the dev set to score")]=200,
            epochs:Annotated[int, typer.Option(min=1)]=2,
            rounds:Annotated[int, typer.Option(min=1, help="of each side in turn, each with its seed")]=3,
-           gpu:Annotated[bool, typer.Option("--gpu", help="what a GPU does, instead: gpu.json and gpu.md, in some ten "
+           gpu:Annotated[bool, typer.Option("--gpu", help="what a GPU does, instead: gpu.jsonl and gpu.md, in some ten "
                                                           "minutes")]=False,
+           dry_run:Annotated[bool, typer.Option("--dry-run", help="with --gpu: all of it on a processor, with tiny "
+                                                                  "encoders")]=False,
+           minutes:Annotated[float, typer.Option(min=0, show_default=False, help="with --gpu: for all of it; the next "
+                                                                                 "call goes on")]=1e6,
            output:Annotated[Path, typer.Option(help="for bench.json and bench.png; rows that are there, of the same "
                                                     "settings, are not measured again")]=Path("outputs/bench")):
     "Speed, memory and dev scores beside 🤗 transformers and 🤗 peft in a plain loop, or 🤗 Trainer."
     if gpu:
-        print(measure_on_gpu(output))
+        print(measure_on_gpu(output, dry_run, minutes))
         return
     from peft_study.bench import (OPTIMISATIONS, against_peers, bench, format_row, read_bench, save_plot, summary,
                                   tasks_of, write_bench)
