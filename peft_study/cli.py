@@ -431,35 +431,42 @@ def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
     if push: print(upload(folder, push, "dataset"))
 
 # %% ../nbs/26_cli.ipynb #94036027
-def measure_on_gpu(output) -> Path: # the page
+def measure_on_gpu(output, dry_run:bool, minutes:float) -> Path: # the page
     "All that `gpu` measures; `BadInput` where torch can use no GPU."
     from peft_study.gpu import measure_gpu
     from peft_study.sweep import devices, gpu_trouble
-    if devices() == ["cpu"]: raise BadInput(gpu_trouble() or "bench --gpu finds no GPU that torch can use")
-    return measure_gpu(output)
+    if not dry_run and devices() == ["cpu"]:
+        raise BadInput(gpu_trouble() or "bench --gpu finds no GPU that torch can use")
+    return measure_gpu(output, dry_run, minutes)
 
 # %% ../nbs/26_cli.ipynb #c1000035
 @app.command("bench")
 def bench_(tasks:Annotated[Optional[str], typer.Option(
-               help="with commas (default: mrpc,rte,stsb,sst2,cola,qnli, as far as the data has them)")]=None,
-           methods:Annotated[str, typer.Option(help="of full, top_k, adapter, lora")]="full,top_k,adapter,lora",
-           sides:Annotated[str, typer.Option(help="of ours, ours_fp32, peer, trainer")]="ours,ours_fp32,peer",
+               help="with commas (default: mrpc,sst2,rte, as far as the data has them)")]=None,
+           methods:Annotated[str, typer.Option(help="of full, top_k, adapter, lora")]="lora",
+           sides:Annotated[str, typer.Option(help="of ours, ours_fp32; the peer as peer_best, peer_compiled, peer (its "
+                                                   "defaults), trainer")]="ours,peer_best,peer",
            without:Annotated[bool, typer.Option("--optimisations", "--levers",
                                                 help="also ours without each of its optimisations")]=False,
            data:Annotated[str, typer.Option(help="a GLUE folder, or demo")]="demo", checkpoint:str="minilm",
-           examples:Annotated[int, typer.Option(min=32, help="to train on")]=320,
+           examples:Annotated[int, typer.Option(min=32, help="to train on")]=640,
            eval_examples:Annotated[int, typer.Option(min=1, help="of the dev set to score")]=200,
            epochs:Annotated[int, typer.Option(min=1)]=2,
-           rounds:Annotated[int, typer.Option(min=1, help="of each side in turn, each with its seed")]=2,
-           gpu:Annotated[bool, typer.Option("--gpu", help="what a GPU does, instead: gpu.json and gpu.md, in some ten "
+           rounds:Annotated[int, typer.Option(min=1, help="of each side in turn, each with its seed")]=3,
+           gpu:Annotated[bool, typer.Option("--gpu", help="what a GPU does, instead: gpu.jsonl and gpu.md, in some ten "
                                                           "minutes")]=False,
+           dry_run:Annotated[bool, typer.Option("--dry-run", help="with --gpu: all of it on a processor, with tiny "
+                                                                  "encoders")]=False,
+           minutes:Annotated[float, typer.Option(min=0, show_default=False, help="with --gpu: for all of it; the next "
+                                                                                 "call goes on")]=1e6,
            output:Annotated[Path, typer.Option(help="for bench.json and bench.png; rows that are there, of the same "
                                                     "settings, are not measured again")]=Path("outputs/bench")):
     "Speed, memory and dev scores beside 🤗 transformers and 🤗 peft in a plain loop, or 🤗 Trainer."
     if gpu:
-        print(measure_on_gpu(output))
+        print(measure_on_gpu(output, dry_run, minutes))
         return
-    from peft_study.bench import OPTIMISATIONS, bench, format_row, read_bench, save_plot, summary, tasks_of, write_bench
+    from peft_study.bench import (OPTIMISATIONS, against_peers, bench, format_row, read_bench, save_plot, summary,
+                                  tasks_of, write_bench)
     from peft_study.train import status_line
     common = dict(data=data, checkpoint=checkpoint, max_train_examples=examples, max_eval_examples=eval_examples,
                   n_epochs=epochs)
@@ -471,6 +478,7 @@ def bench_(tasks:Annotated[Optional[str], typer.Option(
         rows.append(row)
         write_bench(output, common, rows)   # a row that is measured is kept
     print(summary(rows))
+    print("\n" + against_peers(rows))
     save_plot(rows, output)
     print(output/"bench.json")
 
