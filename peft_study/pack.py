@@ -9,7 +9,7 @@ __all__ = ['NOT_NEEDED', 'TAKEN_AS_THERE', 'ASKED', 'INSTALLED', 'STUDIED', 'MOS
            'adopt_records']
 
 # %% ../nbs/33_pack.ipynb #4d2301dc
-import os, re, shutil, subprocess, sys, tarfile
+import json, os, re, shutil, subprocess, sys, tarfile
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ from .data import (PACKAGED, checkpoint_path, data_fingerprint, has_split, hub_r
                              split_files)
 from .files import BadInput, import_object, own_source, read_json, read_text, reason, root, settings_files
 from .glue import Task, get_task, splits
-from .records import _publish_run, begun, records_folder
+from .records import RUNS_FILE, _write_runs, begun, published_runs, records_folder
 from .runs import (PACKED, commit, is_done, make_folder, read_record, read_result,
                              write_atomic, write_json)
 
@@ -229,15 +229,14 @@ def pack_records(study:str, to:Path, weights:set[str], # fingerprints
                  outputs="outputs") -> int:            # so many runs
     "The finished runs of a study on these weights, and its `study.json`."
     there = to/"reports"/"records"/study
-    for runs in (Path(outputs)/study/"runs", records_folder(study)/"runs"):
-        for folder in sorted(runs.glob("*")):
-            result = read_result(folder)
-            if not result or result.get("provenance", {}).get("checkpoint_fingerprint") not in weights: continue
-            if not (there/"runs"/folder.name).exists(): _publish_run(folder, there/"runs"/folder.name)
-    if record := begun(study, outputs):
-        make_folder(there)
-        write_json(there/"study.json", record)
-    return len(list(there.glob("runs/*")))
+    def on_these(result): return result.get("provenance", {}).get("checkpoint_fingerprint") in weights
+    published = [run for run in published_runs(records_folder(study)).values() if on_these(run["result"])]
+    make_folder(there)
+    write_atomic(there/RUNS_FILE, "".join(json.dumps(run) + "\n" for run in published))
+    folders = sorted((Path(outputs)/study/"runs").glob("*"))
+    _write_runs([f for f in folders if (result := read_result(f)) and on_these(result)], there)
+    if record := begun(study, outputs): write_json(there/"study.json", record)
+    return len(published_runs(there))
 
 # %% ../nbs/33_pack.ipynb #38f10964
 ASKED = r"""#!/bin/sh
@@ -374,18 +373,22 @@ _RECORDS = ("bench/*.*", "*/study.json", "*/results.csv", "*/runs/*/predictions/
             *(f"*/runs/*/{name}" for name in ("config.json", "metrics.jsonl", "log.txt", "error.txt", "result.json")))
 MOST = 16 * 2**20   # bytes of a file
 
-def _from_home(file:Path, outputs:Path) -> bool:
-    study, kind, run = (*file.relative_to(outputs).parts, "", "")[:3]
-    return kind == "runs" and (records_folder(study)/"runs"/run).is_dir()
+def _from_home(files:list[Path], outputs:Path) -> set[Path]:
+    "Those of runs that the pack has brought."
+    known = {study.name: published_runs(records_folder(study.name)) for study in outputs.glob("*")}
+    parts = {f: f.relative_to(outputs).parts for f in files}
+    return {f for f, p in parts.items() if p[1] == "runs" and p[2] in known[p[0]]}
 
 def write_records(outputs="outputs", to="records.tar.xz", most:int=MOST) -> list[Path]:
     "What there is to bring home, as one archive or its parts."
     outputs, to = Path(outputs), Path(to)
-    files = [f for pattern in _RECORDS for f in sorted(outputs.glob(pattern)) if not _from_home(f, outputs)]
+    files = [f for pattern in _RECORDS for f in sorted(outputs.glob(pattern))]
+    known = _from_home(files, outputs)
     with TemporaryDirectory(dir=to.absolute().parent, prefix=".records-") as beside:
         archive = Path(beside)/"archive"
         with tarfile.open(archive, "w:xz", preset=2) as tar:
-            for file in files: tar.add(file, file.relative_to(outputs), filter=_without_owner)
+            for file in files:
+                if file not in known: tar.add(file, file.relative_to(outputs), filter=_without_owner)
         return place(archive, to, most)
 
 # %% ../nbs/33_pack.ipynb #f5c7c4cf
