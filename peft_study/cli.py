@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Outputs', 'Minutes', 'Push', 'RunFolder', 'FinishedStudy', 'study_command', 'Failed', 'main', 'config_flags',
            'check', 'run', 'list_', 'evaluate', 'export', 'run_and_summarise', 'study_', 'demo', 'write_report',
-           'report_', 'trace', 'predict', 'score', 'write_page', 'write_findings', 'publish', 'measure_on_gpu',
-           'bench_', 'methods', 'doctor']
+           'report_', 'trace', 'predict', 'score', 'write_page', 'write_findings', 'publish', 'pack', 'adopt',
+           'measure_on_gpu', 'bench_', 'methods', 'doctor']
 
 # %% ../nbs/26_cli.ipynb #c1000003
 import errno, inspect, os, re, sys
@@ -429,6 +429,40 @@ def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
     megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
     print(f"{os.path.relpath(folder)}: {len(published_runs(folder))} runs, {megabytes:.1f} MB")
     if push: print(upload(folder, push, "dataset"))
+
+# %% ../nbs/26_cli.ipynb #ad0b7e02
+def _shown(file:Path) -> str: return f"{file}  {file.stat().st_size / 2**20:.1f} MiB"
+
+@app.command()
+def pack(study:Annotated[str, typer.Argument(help="a study of settings.ini")],
+         to:Annotated[Optional[Path], typer.Option(help="default: STUDY.tar.gz")]=None,
+         python:Annotated[str, typer.Option(help="the version there")]="3.12",
+         platform:Annotated[str, typer.Option(help="linux_x86_64; or with the newest C library that wheels may ask "
+                                                   "for: manylinux_2_34_x86_64")]="linux_x86_64",
+         split:Annotated[Optional[str], typer.Option(metavar="SIZE", help="in parts of at most 60M, say")]=None,
+         have:Annotated[Optional[Path], typer.Option(metavar="FREEZE.txt", help="what `pip freeze` says there; what it "
+                                                     "names is not packed (default: torch alone is there)")]=None,
+         half:Annotated[bool, typer.Option("--half", help="weights in fp16; their runs are others")]=False,
+         outputs:Outputs=Path("outputs")):
+    "All that a machine without a network needs to run a study, in one archive."
+    from peft_study.pack import pack, read_freeze
+    files, parts = pack(study, to, python, platform, split, have, half, outputs)
+    for name, what in parts.items(): print(f"{name:8} {what}")
+    for file in files: print(_shown(file))
+    if not have or "torch" not in read_freeze(have): print("torch is not packed: the machine must have it")
+    whole = re.sub(r"\.part-\d+$", "", str(files[0].name))
+    joined = f"cat {whole}.part-* | tar xz" if len(files) > 1 else f"tar xzf {whole}"
+    print(f"there: {joined}", f"       sh {study}/run.sh --minutes 60", sep="\n")
+    print(f"here:  peft-study adopt {study}/records.tar.xz")
+
+@app.command()
+def adopt(records:Annotated[Path, typer.Argument(help="records.tar.xz, whole or the first of its parts")],
+          outputs:Outputs=Path("outputs")):
+    "Take in the runs that a pack has brought to an end elsewhere."
+    from peft_study.pack import adopt_records
+    found = adopt_records(records, outputs)
+    for study, (new, known) in found.items(): print(f"{study}: {new} runs taken in, {known} were here")
+    if not found: print("there are no finished runs in it")
 
 # %% ../nbs/26_cli.ipynb #94036027
 def measure_on_gpu(output, dry_run:bool, minutes:float) -> Path: # the page
