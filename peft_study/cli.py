@@ -247,7 +247,7 @@ def run_and_summarise(study, outputs, engine):
     from peft_study.config import check_budgets
     from peft_study.kernels import warm_up
     from peft_study.results import write_results
-    from peft_study.sweep import run_study
+    from peft_study.sweep import RunFailed, run_study
     check_budgets(study)
     warm_up()
     warn_of_gpus()
@@ -255,6 +255,7 @@ def run_and_summarise(study, outputs, engine):
     for config in study.configs: check(config)
     advise_on_pooling(study.configs)
     try: folders, failed = run_study(study, outputs, engine())
+    except RunFailed as e: raise Failed(str(e)) from None   # of the engine
     except KeyboardInterrupt:
         write_results(study.name, outputs)
         raise

@@ -76,8 +76,8 @@ def study(tmp_path_factory, tiny):
     "A function that starts `peft-study study eight`, eight short runs, in its `folder`, results in NAME."
     folder = tmp_path_factory.mktemp("study")
     (folder/"settings.ini").write_text(EIGHT.format(checkpoint=tiny))
-    def start(name, *more, env={}):
-        command = [*PROGRAM, "study", "eight", *flags(outputs=name, checkpoint_minutes=0), *more]
+    def start(name, *more, env={}, start=()):
+        command = [*start, *PROGRAM, "study", "eight", *flags(outputs=name, checkpoint_minutes=0), *more]
         return subprocess.Popen(command, cwd=folder, env=os.environ | dict(OMP_NUM_THREADS="1") | env,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     start.folder = folder
