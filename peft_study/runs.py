@@ -6,8 +6,8 @@
 __all__ = ['write_atomic', 'write_json', 'append_json', 'read_metrics', 'cut_metrics', 'run_folder', 'run_folders', 'places',
            'own_task', 'make_folder', 'start_run', 'read_config', 'read_result', 'is_done', 'kept_epoch', 'read_record',
            'FolderLocked', 'lock_folder', 'lock_owner', 'exit_with_parent', 'status', 'write_error', 'git', 'commit',
-           'container_quota', 'cores', 'threads_each', 'device_name', 'code_files', 'code_version', 'nvidia_smi',
-           'gpu_versions', 'versions', 'provenance']
+           'container_quota', 'cores', 'threads', 'threads_each', 'device_name', 'code_files', 'code_version',
+           'nvidia_smi', 'gpu_versions', 'versions', 'provenance']
 
 # %% ../nbs/08_runs.ipynb #a74fafd0
 import errno, json, math, os, re, time
@@ -334,10 +334,15 @@ def cores() -> int:
     slurm = next((int(n) for n in given if n.isdigit()), math.inf)
     return max(1, int(min(_own_cores(), container_quota(), slurm)))
 
+def threads(processes:int=1) -> int:
+    "How many threads each of some processes may use: as OMP_NUM_THREADS says, or its part of the cores."
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(said) if said.isdigit() else max(1, cores() // processes)
+
 def threads_each(processes:int=1) -> dict[str, str]:
     "OMP_NUM_THREADS for each of some processes, where the libraries' own choice would be too many."
     if os.environ.get("OMP_NUM_THREADS") or (processes == 1 and cores() == _own_cores()): return {}
-    return dict(OMP_NUM_THREADS=str(max(1, cores() // processes)))
+    return dict(OMP_NUM_THREADS=str(threads(processes)))
 
 # %% ../nbs/08_runs.ipynb #3b8ad634
 def device_name(device:str) -> str:

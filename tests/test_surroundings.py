@@ -2,9 +2,9 @@
 import ast, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 from unittest.mock import patch
-import pytest
+import pytest, torch
 from conftest import PROGRAM, REPO, flags
-from peft_study import runs, sweep
+from peft_study import runs, sweep, train
 from peft_study.config import RunConfig
 from peft_study.runs import commit, lock_folder
 
@@ -166,7 +166,21 @@ def test_processors_of_a_container_and_of_slurm(monkeypatch):
             assert runs.threads_each() == ({} if cores == 64 else dict(OMP_NUM_THREADS=str(cores)))
             assert runs.threads_each(2) == dict(OMP_NUM_THREADS=str(max(1, cores // 2)))
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert runs.threads_each(2) == {}
+    assert runs.threads_each(2) == {} and runs.threads(2) == 5
+
+
+@pytest.mark.parametrize("said", ["SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS"])
+def test_training_keeps_to_the_threads_it_was_given(monkeypatch, tmp_path, said):
+    "Whoever started the process, and on a machine where it could take more."
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(said, "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train.new_accelerator(RunConfig(task_name="cola", method="head"), tmp_path)
+        assert torch.get_num_threads() == 1
+    finally: torch.set_num_threads(before)
 
 
 # --- what a run leaves
