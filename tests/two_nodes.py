@@ -4,6 +4,7 @@ from pathlib import Path
 from ray.cluster_utils import Cluster
 
 folder, *command = sys.argv[1:]
+os.environ["RAY_worker_niceness"] = "0"   # Ray's own choice, 15, starves where others compute
 cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
 try:
     second = cluster.add_node(num_cpus=1)
