@@ -200,6 +200,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'peft_study.data._use_fingerprint': ('data.html#_use_fingerprint', 'peft_study/data.py'),
                                  'peft_study.data._version': ('data.html#_version', 'peft_study/data.py'),
                                  'peft_study.data._versions': ('data.html#_versions', 'peft_study/data.py'),
+                                 'peft_study.data._wait_or_stop': ('data.html#_wait_or_stop', 'peft_study/data.py'),
                                  'peft_study.data.bad_rows': ('data.html#bad_rows', 'peft_study/data.py'),
                                  'peft_study.data.cache_folder': ('data.html#cache_folder', 'peft_study/data.py'),
                                  'peft_study.data.check_data': ('data.html#check_data', 'peft_study/data.py'),
