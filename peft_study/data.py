@@ -211,7 +211,7 @@ def _wait_or_stop(response):
 # %% ../nbs/03_data.ipynb #2de3573b
 @cache
 def watch_network():
-    "Have the libraries of the Hub stop at the first connection that cannot be made, and use the cache."
+    "Have the libraries of the Hub stop at the first connection that is not made, or says nothing, and use the cache."
     import logging
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import _http as hub
@@ -220,11 +220,12 @@ def watch_network():
         hub.constants.HF_HUB_OFFLINE = True
     def watched_client():
         client = hub.default_client_factory()
+        client.timeout = _PATIENCE   # of requests that have no limit of their own
         send = client.send
         def send_once(request, **kw):
             try: response = send(request, **kw)
             except Exception as e:
-                if type(e).__name__ not in ("ConnectError", "ConnectTimeout"): raise
+                if type(e).__name__ not in ("ConnectError", "ConnectTimeout", "ReadTimeout"): raise
                 of_the_hub = str(request.url).startswith(hub.constants.ENDPOINT)   # which has other addresses beside
                 if of_the_hub and not hub.constants.HF_HUB_OFFLINE: _go_offline(e)
                 raise OfflineModeIsEnabled(str(e)) from e

@@ -290,10 +290,11 @@ def write_error(folder, text:str):
 # %% ../nbs/08_runs.ipynb #5a033924
 def git(folder, *args) -> str|None:
     "What git says of the repository of `folder`; None where it has nothing to say, or is not there."
-    from subprocess import run
+    from subprocess import TimeoutExpired, run
     own = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG_")}
-    try: done = run(["git", "-C", str(folder), *args], env=own, capture_output=True, text=True, encoding="utf-8")
-    except OSError: return None
+    command, text = ["git", "-C", str(folder), *args], dict(text=True, encoding="utf-8")
+    try: done = run(command, env=own, capture_output=True, timeout=60, **text)
+    except (OSError, TimeoutExpired): return None
     return None if done.returncode else done.stdout.strip()
 
 def commit() -> str|None:

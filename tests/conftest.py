@@ -1,5 +1,6 @@
-import json, os, subprocess, sys
+import json, os, socket, subprocess, sys
 from pathlib import Path
+from threading import Thread
 import psutil, pytest
 from peft_study.data import glue_folder
 
@@ -116,3 +117,16 @@ def kill_tree(child):
         try: process.kill()
         except psutil.NoSuchProcess: continue
     child.communicate()
+
+
+@pytest.fixture
+def dumb():
+    "The address of something that takes connections, and never says a word."
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held = []
+        def accept():
+            while True:
+                try: held.append(server.accept())
+                except OSError: return
+        Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"

@@ -1,26 +1,13 @@
-"The runs of a study on Ray, in a network of its own: what is no cluster, and two nodes, of which one goes away."
-import os, re, signal, socket, subprocess, sys, time
-from threading import Thread
-import psutil, pytest
+"Studies on Ray and Slurm, in a network of their own: what is no cluster, two nodes, of which one goes away, and Slurm."
+import os, re, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import nbformat, psutil, pytest
 from conftest import REPO, findings
 from peft_study import cluster
 from peft_study.glue import BadInput
 
 pytest.importorskip("ray", reason="Ray is not installed")
 ALONE = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]   # nothing but loopback
-
-
-@pytest.fixture
-def dumb():
-    "The address of something that takes connections, and never says a word."
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        held = []
-        def accept():
-            while True:
-                try: held.append(server.accept())
-                except OSError: return
-        Thread(target=accept, daemon=True).start()
-        yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.mark.parametrize("kind", ["", "ray://"], ids=["driver", "client"])
@@ -54,9 +41,40 @@ def test_node_removed(study, undisturbed):
     nodes = [*ALONE, sys.executable, str(REPO/"tests/two_nodes.py"), str(study.folder/"ray/eight/runs")]
     child = study("ray", "--engine", "ray", start=nodes)
     out, _ = child.communicate(timeout=600)
-    assert child.returncode == 0, out
+    print(out)
+    assert child.returncode == 0
     assert int(re.search(r"(\d+) runs were finished before", out)[1]) < 8
     assert len(re.findall("a machine was lost: .+; 1 run begins again from the last checkpoint", out)) == 1, out
     assert "raylet" not in out and len(out.splitlines()) < 40, out
     assert findings(study.folder/"ray") == undisturbed
     assert not list(study.folder.glob("ray/eight/runs/*/.node"))
+
+
+def on_two_small_nodes(script):
+    "A script of the notebook for what there is here: two nodes without GPUs, and four runs."
+    for asked, here in ((r" --gpus\S+", ""), ("--nodes=4", "--nodes=2"), ("1-8", "1-2"), ("TASK_ID/8", "TASK_ID/2"),
+                        ("study scaling", "study eight --methods lora --checkpoint-minutes 0"), ("/shared/", "")):
+        script = re.sub(asked, here, script)
+    return script
+
+
+def test_the_scripts_for_slurm(study, undisturbed, tmp_path):
+    "Of the notebook, on a real Slurm of two nodes, whose tasks have one CPU each on a machine that has more."
+    if not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))): pytest.skip("no Slurm here: slurm-wlm, munge")
+    alone = ["unshare", "--net", "--mount", *ALONE[2:]]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode: pytest.skip("no network namespaces here")
+    cells = nbformat.read(REPO/"nbs/16_cluster.ipynb", 4).cells
+    array, job = map(on_two_small_nodes, re.findall("```bash\n(.*?)```", "\n".join(c.source for c in cells), re.DOTALL))
+    array = array.replace("sbatch", "sbatch --wait").replace("outputs outputs", "outputs array")
+    (tmp_path/"job.sh").write_text(job.replace("outputs outputs", "outputs job"))
+    shutil.copy(study.folder/"settings.ini", tmp_path)
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    env |= dict(PATH=f"{Path(sys.executable).parent}:{env['PATH']}", RAY_worker_niceness="0")
+    command = [*alone, sys.executable, REPO/"tests/two_slurm_nodes.py", tmp_path/"slurm", "bash", "-ec",
+               f"{array}\nsbatch --wait job.sh"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    logs = "\n".join(f.read_text() for f in sorted(tmp_path.glob("slurm-*.out")))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    wanted = {name: found for name, found in undisturbed.items() if "-lora-" in name}
+    assert len(wanted) == 4 and findings(tmp_path/"array") == findings(tmp_path/"job") == wanted, logs
+    assert "threads, so their last bits may differ" not in logs

@@ -103,3 +103,9 @@ def test_the_hub_asks_to_wait_a_little(capsys, monkeypatch):
     for _ in range(2): data._wait_or_stop(asked)
     with pytest.raises(OSError, match="asks to wait 25 s"): data._wait_or_stop(asked)
     assert capsys.readouterr().err == "the 🤗 Hub asks to wait 25 s (429)\n"
+
+
+def test_what_listens_and_says_nothing(command, cached, dumb):
+    "It is asked once; the Hub's library would ask again and again."
+    code, out, err = run(command, cached(f"http://{dumb}", HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1"))
+    assert code == 2 and err.count("the 🤗 Hub cannot be reached") == 1 and "not in the cache" in err, err
