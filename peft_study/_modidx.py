@@ -440,6 +440,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'peft_study.kernels._Popen.terminate': ('kernels.html#_popen.terminate', 'peft_study/kernels.py'),
                                     'peft_study.kernels._Popen.wait': ('kernels.html#_popen.wait', 'peft_study/kernels.py'),
                                     'peft_study.kernels._become_kernel': ('kernels.html#_become_kernel', 'peft_study/kernels.py'),
+                                    'peft_study.kernels._deaf': ('kernels.html#_deaf', 'peft_study/kernels.py'),
                                     'peft_study.kernels._redirect': ('kernels.html#_redirect', 'peft_study/kernels.py'),
                                     'peft_study.kernels.begin': ('kernels.html#begin', 'peft_study/kernels.py'),
                                     'peft_study.kernels.execute_notebook': ('kernels.html#execute_notebook', 'peft_study/kernels.py'),

@@ -51,9 +51,9 @@ def test_node_removed(study, undisturbed):
 
 
 def on_two_small_nodes(script):
-    "A script of the notebook for what there is here: two nodes without GPUs, and four runs."
+    "A script of the notebook for what there is here: two nodes without GPUs, and two runs."
     for asked, here in ((r" --gpus\S+", ""), ("--nodes=4", "--nodes=2"), ("1-8", "1-2"), ("TASK_ID/8", "TASK_ID/2"),
-                        ("study scaling", "study eight --methods lora --checkpoint-minutes 0"), ("/shared/", "")):
+                        ("study scaling", "study eight --methods lora --seed 0"), ("/shared/", "")):
         script = re.sub(asked, here, script)
     return script
 
@@ -75,6 +75,6 @@ def test_the_scripts_for_slurm(study, undisturbed, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     logs = "\n".join(f.read_text() for f in sorted(tmp_path.glob("slurm-*.out")))
     assert done.returncode == 0, done.stdout + done.stderr + logs
-    wanted = {name: found for name, found in undisturbed.items() if "-lora-" in name}
-    assert len(wanted) == 4 and findings(tmp_path/"array") == findings(tmp_path/"job") == wanted, logs
+    wanted = {name: found for name, found in undisturbed.items() if "-lora-" in name and "-s0-" in name}
+    assert len(wanted) == 2 and findings(tmp_path/"array") == findings(tmp_path/"job") == wanted, logs
     assert "threads, so their last bits may differ" not in logs
