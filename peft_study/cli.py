@@ -49,6 +49,16 @@ def _in_utf8():
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError): stream.reconfigure(errors="backslashreplace")   # a stand-in has no encoding
 
+def _check_launcher():
+    "`BadInput` where a launcher starts several of this, and not where one has only left its variables."
+    if os.environ.get("WORLD_SIZE", "1") == "1": return
+    import psutil
+    parent = psutil.Process().parent()
+    if not parent or not re.search("torchrun|torch.distributed|accelerate", " ".join(parent.cmdline())): return
+    if os.environ.get("RANK") != "0": sys.exit(2)   # one of them says it
+    raise BadInput("peft-study starts the processes of a run itself: leave torchrun or accelerate launch out, "
+                   "and give --processes N to peft-study run")
+
 def main():
     "What the console script calls."
     _in_utf8()
@@ -56,6 +66,7 @@ def main():
     debug = "--debug" in sys.argv
     if debug: sys.argv.remove("--debug")
     try:
+        _check_launcher()
         code = app(standalone_mode=False) or 0
         if code == 130: raise KeyboardInterrupt   # which typer makes a number
         sys.exit(code)
@@ -247,7 +258,7 @@ def run_and_summarise(study, outputs, engine):
     from peft_study.config import check_budgets
     from peft_study.kernels import warm_up
     from peft_study.results import write_results
-    from peft_study.sweep import run_study
+    from peft_study.sweep import RunFailed, run_study
     check_budgets(study)
     warm_up()
     warn_of_gpus()
@@ -255,6 +266,7 @@ def run_and_summarise(study, outputs, engine):
     for config in study.configs: check(config)
     advise_on_pooling(study.configs)
     try: folders, failed = run_study(study, outputs, engine())
+    except RunFailed as e: raise Failed(str(e)) from None   # of the engine
     except KeyboardInterrupt:
         write_results(study.name, outputs)
         raise

@@ -191,9 +191,27 @@ def _go_offline(why:BaseException):
     constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     print(f"the 🤗 Hub cannot be reached ({reason(why)}): what is in the cache is used", file=sys.stderr)
 
+# %% ../nbs/03_data.ipynb #2de3573a
+_PATIENCE = 60   # seconds that the Hub may have us wait, together
+_waited = []     # how often and how long it has
+
+def _wait_or_stop(response):
+    "Say that the Hub has us wait, which its library does in silence; end what would wait for too long."
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import _http as hub
+    if response.status_code not in (429, 503): return
+    limit = hub.parse_ratelimit_headers(response.headers)
+    seconds = limit.reset_in_seconds if limit else hub._parse_retry_after(response.headers)
+    if not seconds: return
+    if sum(_waited) + seconds > _PATIENCE:
+        raise HfHubHTTPError(f"the Hub asks to wait {seconds:.0f} s ({response.status_code})", response=response)
+    if not _waited: print(f"the 🤗 Hub asks to wait {seconds:.0f} s ({response.status_code})", file=sys.stderr)
+    _waited.append(seconds)
+
+# %% ../nbs/03_data.ipynb #2de3573b
 @cache
 def watch_network():
-    "Have the libraries of the Hub stop at the first connection that cannot be made, and use the cache."
+    "Have the libraries of the Hub stop at the first connection that is not made, or says nothing, and use the cache."
     import logging
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import _http as hub
@@ -202,14 +220,17 @@ def watch_network():
         hub.constants.HF_HUB_OFFLINE = True
     def watched_client():
         client = hub.default_client_factory()
+        client.timeout = _PATIENCE   # of requests that have no limit of their own
         send = client.send
         def send_once(request, **kw):
-            try: return send(request, **kw)
+            try: response = send(request, **kw)
             except Exception as e:
-                if type(e).__name__ not in ("ConnectError", "ConnectTimeout"): raise
+                if type(e).__name__ not in ("ConnectError", "ConnectTimeout", "ReadTimeout"): raise
                 of_the_hub = str(request.url).startswith(hub.constants.ENDPOINT)   # which has other addresses beside
                 if of_the_hub and not hub.constants.HF_HUB_OFFLINE: _go_offline(e)
                 raise OfflineModeIsEnabled(str(e)) from e
+            _wait_or_stop(response)
+            return response
         client.send = send_once
         return client
     hub.set_client_factory(watched_client)

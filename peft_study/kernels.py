@@ -7,8 +7,10 @@ __all__ = ['PRELOAD', 'fork_server', 'beginner', 'libraries_first', 'warm_up', '
            'execute_notebook']
 
 # %% ../nbs/12_kernels.ipynb #6b835c97
-import logging, multiprocessing, os, sys
+import logging, multiprocessing, os, signal, sys
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
+from threading import current_thread, main_thread
 from unittest.mock import patch
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
@@ -25,6 +27,17 @@ def libraries_first():
     "Python that starts within this does not look into the working folder, where a file may have a library's name."
     return patch.dict(os.environ, PYTHONSAFEPATH="1")
 
+@contextmanager
+def _deaf():
+    "What starts within this does not hear the terminal's Ctrl-C, which would break off its imports with a traceback."
+    if current_thread() is not main_thread():   # which alone may say so
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+
+# %% ../nbs/12_kernels.ipynb #6b835caa
 def warm_up() -> bool: # whether there is a server
     "Start the fork server, which goes on to import while this process does something else."
     from multiprocessing.forkserver import _forkserver
@@ -34,7 +47,7 @@ def warm_up() -> bool: # whether there is a server
     fork_server.set_forkserver_preload(PRELOAD)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")   # else a look for GPUs spoils them for forks
     try:
-        with libraries_first(): _forkserver.ensure_running()
+        with libraries_first(), _deaf(): _forkserver.ensure_running()
     except OSError: return False
     return True
 

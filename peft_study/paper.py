@@ -39,9 +39,9 @@ from .plots import (at_place, cost_vs_score, curves_by_place, difference_map, di
 from .report import (Marks, Trace, against_table, as_it_is, cited, half_width, is_synthetic, ordered_cells,
                                markdown_table, p_text, pair_table, percent, points, primary_table)
 from .results import (CELL, PLACE, DevExamples, answers, asked, best_sizes, budget_curves, cell_means,
-                                compare, compare_over_tasks, compare_pairs, done, epoch_scores, floors, load_runs,
-                                methods_in, not_reported, paired, predictions_of, reported, runs_of, studies,
-                                usual_claims)
+                                compare, compare_over_tasks, compare_pairs, different_threads, done, epoch_scores,
+                                floors, load_runs, methods_in, not_reported, paired, predictions_of, reported, runs_of,
+                                studies, usual_claims)
 from .runs import git, read_config, read_record
 from .statistics import glue_score
 
@@ -554,7 +554,7 @@ def _unequal_text(title, few, many) -> str:
 def status_text(paper:Paper) -> str:
     "What is not finished, failed, or left out."
     return sentences(_without_result(paper), _lacking_seeds(paper), _waiting(paper), _former(paper), _other_code(paper),
-                     _without_predictions(paper), _not_run_text(paper))
+                     _threads(paper), _without_predictions(paper), _not_run_text(paper))
 
 def not_run(study:str, table) -> str:
     "What is declared of a study and is not reported yet, in words; empty where all is, or nothing is declared."
@@ -622,6 +622,11 @@ def _former(paper:Paper) -> str:
     which = listed(f"`{r}`" for r in former.run_id) if len(former) <= 3 else "`former` in @tbl-runs"
     return (f"{plural(len(former), 'run')} {'is' if len(former) == 1 else 'are'} left out: the configuration is no "
             f"longer the chosen one, or code of one's own has changed since ({which}).")
+
+def _threads(paper:Paper) -> str:
+    several = different_threads(paper.runs)
+    if not several: return ""
+    return f"Runs were made with {listed(map(str, several))} threads, so their last bits may differ (@tbl-environment)."
 
 def _other_code(paper:Paper) -> str:
     n, canaries = int(paper.runs.other_code.sum()), paper.runs.provenance_canary

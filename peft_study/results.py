@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FINGERPRINTS', 'FIRST', 'PLACE', 'CELL', 'DEV_FILE', 'EPOCHS_FILE', 'flatten', 'chosen_configurations',
-           'of_former_code', 'stages', 'reported', 'not_reported', 'as_table', 'table_of', 'load_runs', 'done',
-           'methods_in', 'made_up', 'studies', 'write_results', 'predictions_of', 'publish_predictions', 'epochs_of',
-           'epoch_scores', 'publish_epochs', 'decided', 'DevExamples', 'cell_means', 'best_sizes', 'runs_of',
-           'best_runs', 'floors', 'learned', 'paired', 'compare', 'compare_over_tasks', 'asked', 'answers', 'pairs',
-           'compare_pairs', 'usual_claims', 'budget_curves', 'compare_on_dev', 'disagreements']
+           'of_former_code', 'stages', 'reported', 'not_reported', 'different_threads', 'as_table', 'table_of',
+           'load_runs', 'done', 'methods_in', 'made_up', 'studies', 'write_results', 'predictions_of',
+           'publish_predictions', 'epochs_of', 'epoch_scores', 'publish_epochs', 'decided', 'DevExamples', 'cell_means',
+           'best_sizes', 'runs_of', 'best_runs', 'floors', 'learned', 'paired', 'compare', 'compare_over_tasks',
+           'asked', 'answers', 'pairs', 'compare_pairs', 'usual_claims', 'budget_curves', 'compare_on_dev',
+           'disagreements']
 
 # %% ../nbs/18_results.ipynb #06cc9d41
 import hashlib, json, math, os
@@ -164,6 +165,15 @@ def reported(table):
 def not_reported(table):
     "The runs of the chosen configurations that have no result, and the repetitions of former choices."
     return table[((table.stage == "final") & (table.status != "done")) | (table.stage == "former")]
+
+# %% ../nbs/18_results.ipynb #d1851b81
+def different_threads(runs) -> list[int]: # in order; empty where all had the same
+    "The numbers of threads that the runs of one kind of device were made with, where they differ."
+    if "provenance_threads" not in runs: return []
+    for _, of_device in runs.dropna(subset="provenance_threads").groupby("provenance_device"):
+        found = sorted(set(of_device.provenance_threads.astype(int)))
+        if len(found) > 1: return found
+    return []
 
 # %% ../nbs/18_results.ipynb #d4501554
 FIRST = ["run_id", "status", "stage", "other_code", "configuration", "label", "size"]

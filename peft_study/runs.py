@@ -6,8 +6,8 @@
 __all__ = ['PACKED', 'write_atomic', 'write_json', 'append_json', 'read_metrics', 'cut_metrics', 'run_folder', 'run_folders',
            'places', 'own_task', 'make_folder', 'start_run', 'read_config', 'read_result', 'is_done', 'kept_epoch',
            'read_record', 'FolderLocked', 'lock_folder', 'lock_owner', 'exit_with_parent', 'status', 'write_error',
-           'git', 'packed', 'commit', 'container_quota', 'cores', 'threads_each', 'device_name', 'code_files',
-           'code_version', 'nvidia_smi', 'gpu_versions', 'versions', 'provenance']
+           'git', 'packed', 'commit', 'container_quota', 'cores', 'threads', 'threads_each', 'device_name',
+           'code_files', 'code_version', 'nvidia_smi', 'gpu_versions', 'versions', 'provenance']
 
 # %% ../nbs/08_runs.ipynb #a74fafd0
 import errno, json, math, os, re, time
@@ -290,10 +290,11 @@ def write_error(folder, text:str):
 # %% ../nbs/08_runs.ipynb #5a033924
 def git(folder, *args) -> str|None:
     "What git says of the repository of `folder`; None where it has nothing to say, or is not there."
-    from subprocess import run
+    from subprocess import TimeoutExpired, run
     own = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG_")}
-    try: done = run(["git", "-C", str(folder), *args], env=own, capture_output=True, text=True, encoding="utf-8")
-    except OSError: return None
+    command, text = ["git", "-C", str(folder), *args], dict(text=True, encoding="utf-8")
+    try: done = run(command, env=own, capture_output=True, timeout=60, **text)
+    except (OSError, TimeoutExpired): return None
     return None if done.returncode else done.stdout.strip()
 
 PACKED = "pack.json"
@@ -343,10 +344,15 @@ def cores() -> int:
     slurm = next((int(n) for n in given if n.isdigit()), math.inf)
     return max(1, int(min(_own_cores(), container_quota(), slurm)))
 
+def threads(processes:int=1) -> int:
+    "How many threads each of some processes may use: as OMP_NUM_THREADS says, or its part of the cores."
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(said) if said.isdigit() else max(1, cores() // processes)
+
 def threads_each(processes:int=1) -> dict[str, str]:
     "OMP_NUM_THREADS for each of some processes, where the libraries' own choice would be too many."
     if os.environ.get("OMP_NUM_THREADS") or (processes == 1 and cores() == _own_cores()): return {}
-    return dict(OMP_NUM_THREADS=str(max(1, cores() // processes)))
+    return dict(OMP_NUM_THREADS=str(threads(processes)))
 
 # %% ../nbs/08_runs.ipynb #3b8ad634
 def device_name(device:str) -> str:

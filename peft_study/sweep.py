@@ -228,6 +228,8 @@ class Local:
         self.free += device_of.values()
         return [(config, codes[process]) for config, (process, _) in over.items()]
 
+    def news(self) -> list[str]: return []   # lines for the user, of engines that have some
+
     def stop(self):
         for process, _ in self.running.values(): process.kill()
 
@@ -480,7 +482,9 @@ def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
             while todo or (engine and engine.running):
                 check()
                 queue.start(engine)
-                for config, code in engine.ended():
+                ended = engine.ended()
+                for line in engine.news(): say(line)
+                for config, code in ended:
                     line = queue.end(config, code, engine.running)
                     if line is None: continue
                     say(line)

@@ -60,7 +60,7 @@ def report_run(folder, console):
 # %% ../nbs/25_terminal.ipynb #7e00000c
 def _notes(table, cells) -> list[str]:
     "What a reader of the table has to know besides."
-    from peft_study.results import done, not_reported
+    from peft_study.results import different_threads, done, not_reported
     runs, notes = done(table), []
     former, other_code = (not_reported(table).stage == "former").sum(), int(table.other_code.sum())
     missing = len(table) - len(runs)
@@ -73,6 +73,9 @@ def _notes(table, cells) -> list[str]:
     if other_code:
         of_all = f"{other_code} of {len(runs)} runs"
         notes.append(f"{of_all} are of another version of the code: see other_code in results.csv")
+    if several := different_threads(runs):
+        notes.append(f"runs were made with {' or '.join(map(str, several))} threads, so their last bits may differ: "
+                     "see provenance_threads in results.csv")
     if missing: notes.append(f"{missing} runs have no result: see status in results.csv")
     return notes
 

@@ -8,17 +8,17 @@ __all__ = ['seed_dropout', 'example_losses', 'own_share', 'local_batch', 'backwa
            'train_epoch', 'start_state', 'evaluation_is_due', 'fit', 'predict_kept', 'peak_memory', 'begin',
            'canary_losses', 'canary', 'evaluations', 'costs', 'record', 'new_accelerator', 'run', 'own_environment',
            'without_leftovers', 'check_processes', 'launch', 'is_out_of_memory', 'others_memory', 'free_memory',
-           'with_less_memory', 'train', 'short_run']
+           'with_less_memory', 'train', 'run_process', 'short_run']
 
 # %% ../nbs/11_train.ipynb #a5c75d93
-import hashlib, math, os, re, sys, time
+import hashlib, math, os, re, signal, sys, time
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from .config import RunConfig, own_optimizer
 from .data import (Tokens, bad_rows, has_split, load_tokenizer, read_split, select_examples, tokenise,
                              train_batches)
-from .files import read_text
+from .files import read_text, shortened
 from .glue import BadInput, get_task, score, splits
 from .encoders import tiny_config
 from .methods.core import apply_method, count, save_adapter, trainable
@@ -26,7 +26,7 @@ from .model import build_model, check_run, init_head, mean_pooled_
 from .predict import complete_predictions, decide, logits_of, write_predictions
 from .resume import drop_state, load_state, save_state
 from .runs import (append_json, cut_metrics, exit_with_parent, is_done, lock_folder, provenance, read_config,
-                             read_metrics, read_result, run_folder, start_run, write_json)
+                             read_metrics, read_result, run_folder, start_run, threads, write_json)
 from .speed import FrozenLayers, speed_up
 
 # %% ../nbs/11_train.ipynb #cc1a6d23
@@ -173,7 +173,8 @@ class Log:
     def write(self, line:dict):
         if not self.accelerator.is_main_process: return
         append_json(self.folder/"metrics.jsonl", line)
-        self.accelerator.log({k: v for k, v in line.items() if k not in ("step", "steps")}, step=line["step"])
+        left_out = ("step", "steps") if "loss" in line else ("step", "epoch")   # whose curve has one point a step
+        self.accelerator.log({k: v for k, v in line.items() if k not in left_out}, step=line["step"])
         self.show(progress(read_metrics(self.folder)))
 
 # %% ../nbs/11_train.ipynb #9f9196f5
@@ -346,15 +347,20 @@ def _clean(folder:Path, saved):
     (folder/"metrics.jsonl").unlink(missing_ok=True)
     drop_state(folder)
 
+def _show_settings(config:RunConfig, writer):
+    "For TensorBoard's table of runs; `add_hparams` would add an entry without a curve to the list of runs."
+    from torch.utils.tensorboard.summary import hparams
+    for part in hparams({k: str(v) for k, v in config.flat().items()}, {}): writer.file_writer.add_summary(part)
+
 def begin(config:RunConfig, folder:Path, accelerator):
     "Make `folder` ready; the state to go on from, or None."
     saved = load_state(folder)
     accelerator.wait_for_everyone()   # nobody writes before everybody has read
     if not accelerator.is_main_process: return saved
     _clean(folder, saved)
-    settings = {k: str(v) for k, v in config.flat().items()}
     own = dict(tensorboard=dict(purge_step=saved["at"]["step"] + 1)) if saved else {}
-    accelerator.init_trackers("tensorboard", config=settings, init_kwargs=own)
+    accelerator.init_trackers("tensorboard", init_kwargs=own)
+    if not saved: _show_settings(config, accelerator.get_tracker("tensorboard", unwrap=True))
     return saved
 
 # %% ../nbs/11_train.ipynb #af729c61
@@ -459,9 +465,11 @@ def record(config:RunConfig, folder:Path, data, logits, state:TrainState, accele
 
 # %% ../nbs/11_train.ipynb #f57cf025
 def new_accelerator(config:RunConfig, folder:Path):
-    "The accelerator of one run, with its precision and its log."
+    "The accelerator of one run, with its precision and its log; the process keeps to the threads that it was given."
+    import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
+    torch.set_num_threads(min(torch.get_num_threads(), threads()))
     AcceleratorState._reset_state()   # another run of this process may have had another precision
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)   # they are the same positions everywhere
     precision = "bf16" if config.precision == "bf16" else "no"
@@ -507,8 +515,8 @@ def check_processes(processes:int):
 def launch(folder:Path, processes:int, show, micro_batches:int=1, minutes:float=10):
     "Train the run of `folder` in several processes of this machine, by torchrun."
     import subprocess, torch
-    threads = max(1, torch.get_num_threads() // processes)
-    env = own_environment() | dict(OMP_NUM_THREADS=str(threads), PYTHONSAFEPATH="1")
+    each = max(1, min(torch.get_num_threads(), threads()) // processes)
+    env = own_environment() | dict(OMP_NUM_THREADS=str(each), PYTHONSAFEPATH="1")
     if not torch.cuda.device_count(): env["ACCELERATE_USE_CPU"] = "true"
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     launcher += ["--local-addr", "127.0.0.1"]   # not by the machine's name, which may not resolve
@@ -520,16 +528,27 @@ def launch(folder:Path, processes:int, show, micro_batches:int=1, minutes:float=
             time.sleep(.5)
             show(progress(read_metrics(folder)))
     finally: child.terminate()
-    if not is_done(folder): raise _why_it_failed(folder, processes)
+    if not is_done(folder): raise _why_it_failed(folder, processes, child.returncode)
 
-def _why_it_failed(folder:Path, processes:int) -> Exception:
+# %% ../nbs/11_train.ipynb #216e95f2
+def _killed(log:str, code:int|None) -> str|None:
+    "Which process was killed, by the log of torchrun, or by torchrun's own exit code."
+    who, number = "torchrun", -code if code else 0
+    if found := re.search(r"rank +: (\d+) .*\n +exitcode +: -(\d+) \(pid: (\d+)\)", log.rpartition("Root Cause")[2]):
+        who, number = f"process {found[1]} (pid {found[3]})", int(found[2])
+    return f"{who} was killed by {signal.Signals(number).name}" if number > 0 else None
+
+def _why_it_failed(folder:Path, processes:int, code:int|None) -> Exception:
     "What the log of several processes says of their end."
     import torch
-    log = read_text(folder/"launch.log", "replace")
+    file = folder/"launch.log"
+    log = read_text(file, "replace")
     if diverged := re.search("FloatingPointError: (.*)", log): return FloatingPointError(diverged[1])
     if is_out_of_memory(log): return torch.OutOfMemoryError(f"in one of {processes} processes")
+    if killed := _killed(log, code):
+        return RuntimeError(f"{killed}; the same command goes on from the last checkpoint (its log is {file})")
     end = "".join(log.splitlines(True)[-15:])
-    return RuntimeError(f"training in {processes} processes failed; the end of {folder}/launch.log:\n{end}")
+    return RuntimeError(f"training in {processes} processes failed; the end of {file}:\n{end}")
 
 # %% ../nbs/11_train.ipynb #ad59a79e
 _NO_MEMORY = re.compile("out of memory|OutOfMemoryError|MemoryError|bad_alloc|"
@@ -601,11 +620,35 @@ def train(configs:list[RunConfig],
             with without_leftovers(): with_less_memory(attempt, folder, config.batch_size)
     return folders
 
+# %% ../nbs/11_train.ipynb #5cc11ae9
+def _as_launched():
+    "Keep of a launcher's environment who this process is; `BadInput` where it started fewer than it was asked for."
+    env = os.environ
+    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_PORT" in env and "WORLD_SIZE" not in env:
+        raise BadInput("accelerate launch starts one process on a processor: use torchrun --nproc_per_node N "
+                       "-m peft_study.train RUN_FOLDER, or peft-study run with --processes N")
+    import torch
+    for name in [name for name in env if name.startswith("ACCELERATE_") and name != "ACCELERATE_USE_CPU"]: del env[name]
+    if not torch.cuda.device_count(): env["ACCELERATE_USE_CPU"] = "true"
+
+def run_process(folder="", parent="", micro_batches="1", minutes="10"): # the latter three from `launch`
+    "Complete a run that has been begun: as one of `launch`'s processes, or of another launcher's, or alone."
+    config, folder = read_config(folder), Path(folder)
+    def complete(): run(config, folder, status_line(), int(micro_batches), float(minutes))
+    if parent:   # which holds the lock
+        for pid in (int(parent), os.getppid()): exit_with_parent(pid)
+        return complete()
+    if is_done(folder): raise BadInput(f"{folder.name} is finished already")
+    _as_launched()
+    check_run(config)
+    with lock_folder(folder) if os.environ.get("RANK", "0") == "0" else nullcontext(): complete()
+
 # %% ../nbs/11_train.ipynb #5cc11aea
-if __name__ == "__main__":   # a process of `launch`
-    run_here, parent, micro_batches, every_minutes = sys.argv[1:]
-    exit_with_parent(int(parent))
-    run(read_config(run_here), Path(run_here), status_line(), int(micro_batches), float(every_minutes))
+if __name__ == "__main__":
+    try: run_process(*sys.argv[1:])
+    except BadInput as e:
+        if os.environ.get("RANK", "0") == "0": print(f"peft_study.train: {shortened(str(e))}", file=sys.stderr)
+        sys.exit(2)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)   # the record is complete; at the interpreter's end a thread of torch could abort the process

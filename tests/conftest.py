@@ -1,5 +1,6 @@
-import json, os, subprocess, sys
+import json, os, socket, subprocess, sys
 from pathlib import Path
+from threading import Thread
 import psutil, pytest
 from peft_study.data import glue_folder
 
@@ -76,8 +77,8 @@ def study(tmp_path_factory, tiny):
     "A function that starts `peft-study study eight`, eight short runs, in its `folder`, results in NAME."
     folder = tmp_path_factory.mktemp("study")
     (folder/"settings.ini").write_text(EIGHT.format(checkpoint=tiny))
-    def start(name, *more, env={}):
-        command = [*PROGRAM, "study", "eight", *flags(outputs=name, checkpoint_minutes=0), *more]
+    def start(name, *more, env={}, start=()):
+        command = [*start, *PROGRAM, "study", "eight", *flags(outputs=name, checkpoint_minutes=0), *more]
         return subprocess.Popen(command, cwd=folder, env=os.environ | dict(OMP_NUM_THREADS="1") | env,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     start.folder = folder
@@ -116,3 +117,16 @@ def kill_tree(child):
         try: process.kill()
         except psutil.NoSuchProcess: continue
     child.communicate()
+
+
+@pytest.fixture
+def dumb():
+    "The address of something that takes connections, and never says a word."
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held = []
+        def accept():
+            while True:
+                try: held.append(server.accept())
+                except OSError: return
+        Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"

@@ -11,6 +11,8 @@ from peft_study.report import Trace, execute_report, main_table, pair_table, sav
 from peft_study.results import (DevExamples, best_runs, cell_means, compare, compare_pairs, floors, learned, load_runs,
                                 not_reported, paired, pairs, predictions_of, publish_predictions, reported)
 from peft_study.submission import choose
+from peft_study.terminal import print_table
+from rich.console import Console
 
 
 def test_two_encoders_in_a_study(tmp_path):
@@ -408,3 +410,16 @@ def test_more_tries_win_nothing():
     grid = table[table.stage == "tune"]
     on_dev = grid.groupby(["encoder", "method"]).score.max().unstack()   # the usual way: what is best on dev, of dev
     assert (on_dev.lora > on_dev.bitfit).mean() > .8
+
+
+@pytest.mark.parametrize("threads, warned", [((1, 2, 1), True), ((2, 2, 2), False)], ids=["differ", "alike"])
+def test_different_numbers_of_threads(tmp_path, capsys, threads, warned):
+    "The study's table says so once, and so does its report."
+    for seed, n in enumerate(threads):
+        folder = run_folder(tmp_path, .8, method="lora", seed=seed)
+        result = json.loads((folder/"result.json").read_text())
+        made = result["provenance"] | dict(threads=n, device="a processor")
+        (folder/"result.json").write_text(json.dumps(result | dict(provenance=made)))
+    print_table(load_runs("made_up", tmp_path), Console())
+    assert capsys.readouterr().out.count("runs were made with 1 or 2 threads") == warned
+    assert ("Runs were made with 1 and 2 threads" in status_text(Paper("made_up", tmp_path))) == warned

@@ -3,6 +3,7 @@ import os, shutil, time
 import pandas as pd, pytest
 from conftest import REPO, flags
 from hub import hub
+from peft_study import data
 from peft_study.data import read_split
 from peft_study.glue import get_task, splits
 from peft_study.runs import read_metrics
@@ -11,6 +12,7 @@ SHORT = flags(epochs=1, max_length=16, max_train_examples=32, max_eval_examples=
 MODEL, DATA = "someone/tiny-bert", "nyu-mll/glue"
 GATED = (403, dict(X_Error_Code="GatedRepo"))
 BUSY = (429, {"Retry-After": "0"})
+BUSY_FOR_LONG = (429, {"Retry-After": "3000"})
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +74,15 @@ def test_from_the_hub_and_from_the_cache(command, repositories, cached, tiny, tm
     (dict(checkpoint="someone/gated"), {"someone/gated": GATED}, "it is gated: accept its terms"),
     (dict(checkpoint="someone/nothing"), {}, "the Hub has nothing of this name"),
     (dict(checkpoint=MODEL), {MODEL: BUSY}, "too many requests from here (429)"),
+    (dict(checkpoint=MODEL), {MODEL: BUSY_FOR_LONG}, "too many requests from here (429)"),
+    (dict(), {DATA: BUSY_FOR_LONG}, "(429)"),
     (dict(), {DATA: GATED}, "it is gated: accept its terms"),
     (dict(task="mrpc"), {}, "mrpc"),
     (dict(task="cola"), {}, 'validation')],
-    ids=["gated", "no-such", "busy", "gated-data", "no-configuration", "no-split"])
+    ids=["gated", "no-such", "busy", "busy-for-long", "busy-data", "gated-data", "no-configuration", "no-split"])
 def test_what_the_hub_refuses(command, repositories, cached, tiny, what, refused, part):
     with hub(repositories, refused) as (address, asked):
-        code, out, err = run(command, cached(address), **dict(checkpoint=tiny) | what)
+        code, out, err = run(command, cached(address), **dict(checkpoint=tiny) | what, timeout=200)
     *progress, last = err.strip().splitlines()
     assert code == 2 and last.startswith("peft-study: ") and part in last and "Traceback" not in err, err
 
@@ -89,3 +93,19 @@ def test_nothing_in_the_cache(command, cached, tiny):
         code, out, err = run(command, cached("http://127.0.0.1:9"), **given)
         assert code == 2 and "not reached" in err and "not in the cache" in err, err
     assert time.monotonic() - started < 90
+
+
+def test_the_hub_asks_to_wait_a_little(capsys, monkeypatch):
+    "It is said once, and a minute is waited in all."
+    import httpx2
+    monkeypatch.setattr(data, "_waited", [])
+    asked = httpx2.Response(429, headers={"Retry-After": "25"}, request=httpx2.Request("GET", "http://127.0.0.1"))
+    for _ in range(2): data._wait_or_stop(asked)
+    with pytest.raises(OSError, match="asks to wait 25 s"): data._wait_or_stop(asked)
+    assert capsys.readouterr().err == "the 🤗 Hub asks to wait 25 s (429)\n"
+
+
+def test_what_listens_and_says_nothing(command, cached, dumb):
+    "It is asked once; the Hub's library would ask again and again."
+    code, out, err = run(command, cached(f"http://{dumb}", HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1"))
+    assert code == 2 and err.count("the 🤗 Hub cannot be reached") == 1 and "not in the cache" in err, err

@@ -6,6 +6,7 @@ from conftest import REPO
 from peft_study.config import RunConfig
 from peft_study.methods.core import method_names
 from peft_study.cards import command_of
+from peft_study import report as report_module
 from peft_study.report import execute_report, faults_of_pdf, options, quarto_program, render_with_pandoc, report
 from peft_study.runs import read_config, start_run
 
@@ -270,3 +271,13 @@ def test_subtitle():
     def of(*rows): return subtitle(pd.DataFrame(rows, columns=["task_name", "data"]))
     assert of(("cola", "demo"), ("sst2", "demo")).endswith("on synthetic data")
     assert of(("cola", "hub")).endswith("on GLUE")
+
+
+def test_a_quarto_that_does_not_end(tmp_path, monkeypatch):
+    program = tmp_path/"quarto"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(report_module, "quarto_program", lambda: str(program))
+    monkeypatch.setattr(report_module, "QUARTO_SECONDS", .5)
+    with pytest.raises(RuntimeError, match="quarto render --to html has not ended within 0.5 s"):
+        report_module.render_with_quarto(tmp_path/"report.ipynb", ["html"])

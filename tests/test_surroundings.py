@@ -1,10 +1,10 @@
 "What stands around a run and is none of its business: locales, git hooks, other tools' settings, other users' files."
-import ast, os, shutil, subprocess, sys, tempfile
+import ast, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 from unittest.mock import patch
-import pytest
+import psutil, pytest, torch
 from conftest import PROGRAM, REPO, flags
-from peft_study import runs, sweep
+from peft_study import runs, sweep, train
 from peft_study.config import RunConfig
 from peft_study.runs import commit, lock_folder
 
@@ -166,7 +166,21 @@ def test_processors_of_a_container_and_of_slurm(monkeypatch):
             assert runs.threads_each() == ({} if cores == 64 else dict(OMP_NUM_THREADS=str(cores)))
             assert runs.threads_each(2) == dict(OMP_NUM_THREADS=str(max(1, cores // 2)))
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert runs.threads_each(2) == {}
+    assert runs.threads_each(2) == {} and runs.threads(2) == 5
+
+
+@pytest.mark.parametrize("said", ["SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS"])
+def test_training_keeps_to_the_threads_it_was_given(monkeypatch, tmp_path, said):
+    "Whoever started the process, and on a machine where it could take more."
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(said, "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train.new_accelerator(RunConfig(task_name="cola", method="head"), tmp_path)
+        assert torch.get_num_threads() == 1
+    finally: torch.set_num_threads(before)
 
 
 # --- what a run leaves
@@ -192,3 +206,39 @@ def test_a_result_of_before_a_setting_existed(tmp_path):
     table = load_runs("old", tmp_path)
     assert table.kept.tolist() == ["last"] and table.precision.tolist() == ["fp32"]
     assert runs.read_result(folder)["config"]["tune_share"] == 0
+
+
+# --- Ctrl-C
+
+
+def interrupted(waits, *given, **env):
+    "How `run` ends by Ctrl-C while it waits for something: exit code, what it says, seconds."
+    command = [*PROGRAM, "run", *given, *SHORT]
+    child = subprocess.Popen(command, cwd=REPO, env=os.environ | env, stderr=subprocess.PIPE, text=True,
+                             start_new_session=True)
+    while not waits(child) and child.poll() is None: time.sleep(.1)
+    time.sleep(1)
+    began = time.monotonic()
+    os.killpg(child.pid, signal.SIGINT)   # as a terminal does
+    child.wait(60)
+    seconds = time.monotonic() - began
+    return child.returncode, child.communicate()[1].strip(), seconds
+
+
+def test_ctrl_c_while_the_hub_is_asked(dumb, tmp_path):
+    def waits(child): return psutil.Process(child.pid).net_connections()
+    given = flags(task="cola", method="head", checkpoint="someone/model", data="demo", outputs=tmp_path)
+    code, line, seconds = interrupted(waits, *given, HF_ENDPOINT=f"http://{dumb}", HF_HOME=str(tmp_path), NO_PROXY="*",
+                                      HF_HUB_OFFLINE="0", HF_HUB_ETAG_TIMEOUT="60")
+    assert code == 130 and line == "peft-study: interrupted; the same command goes on from here" and seconds < 10, line
+
+
+def test_ctrl_c_while_a_lock_is_waited_for(tiny, tmp_path):
+    given = dict(task_name="cola", method="head", checkpoint=str(tiny), data="demo")
+    short = dict(max_train_examples=32, max_eval_examples=8, n_epochs=1, max_length=16)
+    folder = runs.run_folder(RunConfig(**given, **short), tmp_path)
+    folder.mkdir(parents=True)
+    with lock_folder(folder, "notebook"):
+        def waits(child): return (folder/"config.json").exists()
+        code, line, seconds = interrupted(waits, *flags(**given, outputs=tmp_path))
+    assert code == 130 and line == "peft-study: interrupted; the same command goes on from here" and seconds < 10, line
