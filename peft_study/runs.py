@@ -393,8 +393,9 @@ def gpu_versions() -> dict:
 def versions(device:str) -> dict:
     "Of the packages that compute, and of the GPU's where it is used."
     from importlib.metadata import version
+    from importlib.util import find_spec
     packages = ("peft_study", "torch", "transformers", "datasets", "accelerate")
-    return {p: version(p) for p in packages} | (gpu_versions() if device == "cuda" else {})
+    return {p: version(p) for p in packages if find_spec(p)} | (gpu_versions() if device == "cuda" else {})
 
 def provenance(config:RunConfig, device:str="cpu", processes:int=1) -> dict:
     "Versions, commit, code, device, threads, and the fingerprints of data and checkpoint."
