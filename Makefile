@@ -29,4 +29,4 @@ report: setup
 docs: setup
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	command -v quarto >/dev/null || { echo "make docs needs Quarto: https://quarto.org/docs/get-started" >&2; exit 2; }; \
-	python -c "from peft_study.docs import make_docs; make_docs()"
+	python -c "from peft_study.report.docs import make_docs; make_docs()"

@@ -2,7 +2,7 @@ import json, os, socket, subprocess, sys
 from pathlib import Path
 from threading import Thread
 import psutil, pytest
-from peft_study.data import glue_folder
+from peft_study.tasks.data import glue_folder
 
 REPO = Path(__file__).parents[1]
 QUICK = "--checkpoint minilm --data demo --max-train-examples 64 --max-eval-examples 32 --n-epochs 1".split()
@@ -27,7 +27,7 @@ def command(tmp_path):
 @pytest.fixture(autouse=True)
 def rows_on_the_hub(monkeypatch):
     "Runs that are made up have no data to read: what they would use of the Hub's is known by the task's name."
-    from peft_study import config
+    from peft_study.run import config
     real = config.use_fingerprint
     def known(task, use): return f"{task.name} on the Hub" if use.data == "hub" else real(task, use)
     monkeypatch.setattr(config, "use_fingerprint", known)
@@ -44,7 +44,7 @@ def glue():
 def tiny(tmp_path_factory):
     "A folder with a very small BERT of random weights, for tests that are about processes and files."
     import torch
-    from peft_study.data import load_tokenizer
+    from peft_study.tasks.data import load_tokenizer
     from transformers import BertConfig, BertForMaskedLM
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)

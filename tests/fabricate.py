@@ -2,10 +2,10 @@
 import json
 from types import SimpleNamespace
 import numpy as np
-from peft_study.config import RunConfig
-from peft_study.glue import TRAIN_ROWS, get_task, score
+from peft_study.run.config import RunConfig
+from peft_study.tasks.glue import TRAIN_ROWS, get_task, score
 from peft_study.methods.core import expected_parameters
-from peft_study.runs import start_run
+from peft_study.run.runs import start_run
 
 EXAMPLES = 300
 SHAPES = {"minilm": (384, 6, 22_713_216), "bert-base-uncased": (768, 12, 109_482_240)}   # width, layers, parameters

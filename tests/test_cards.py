@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from conftest import REPO
 from huggingface_hub import DatasetCard, ModelCard
-from peft_study.cards import push, run_card, study_card
-from peft_study.results import cell_means
-from peft_study.runs import read_config, read_result
+from peft_study.share.cards import push, run_card, study_card
+from peft_study.results.table import cell_means
+from peft_study.run.runs import read_config, read_result
 
 OFFLINE = os.environ | dict(HF_HUB_OFFLINE="1", HF_TOKEN="")
 
@@ -15,8 +15,8 @@ OFFLINE = os.environ | dict(HF_HUB_OFFLINE="1", HF_TOKEN="")
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     "A finished run of LoRA on synthetic MRPC, which has two metrics."
-    from peft_study.config import RunConfig
-    from peft_study.train import train
+    from peft_study.run.config import RunConfig
+    from peft_study.run.train import train
     settings = dict(data="demo", checkpoint="minilm", max_train_examples=64, max_eval_examples=32, n_epochs=2, seed=7)
     config = RunConfig(task_name="mrpc", method="lora", rank=4, **settings)
     folder, = train([config], tmp_path_factory.mktemp("outputs"))

@@ -3,8 +3,8 @@ import os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, psutil, pytest
 from conftest import REPO, findings
-from peft_study import cluster
-from peft_study.glue import BadInput
+from peft_study.study import cluster
+from peft_study.tasks.glue import BadInput
 
 pytest.importorskip("ray", reason="Ray is not installed")
 ALONE = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]   # nothing but loopback
@@ -63,7 +63,7 @@ def test_the_scripts_for_slurm(study, undisturbed, tmp_path):
     if not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))): pytest.skip("no Slurm here: slurm-wlm, munge")
     alone = ["unshare", "--net", "--mount", *ALONE[2:]]
     if subprocess.run([*alone, "true"], capture_output=True).returncode: pytest.skip("no network namespaces here")
-    cells = nbformat.read(REPO/"nbs/16_cluster.ipynb", 4).cells
+    cells = nbformat.read(REPO/"nbs/study/02_cluster.ipynb", 4).cells
     array, job = map(on_two_small_nodes, re.findall("```bash\n(.*?)```", "\n".join(c.source for c in cells), re.DOTALL))
     array = array.replace("sbatch", "sbatch --wait").replace("outputs outputs", "outputs array")
     (tmp_path/"job.sh").write_text(job.replace("outputs outputs", "outputs job"))

@@ -82,7 +82,7 @@ def test_unknown_key_in_settings(command, tmp_path):
 
 def test_unknown_papermill_parameter(tmp_path):
     from papermill import PapermillExecutionError, execute_notebook
-    from peft_study.sweep import template
+    from peft_study.study.sweep import template
     with pytest.raises(PapermillExecutionError, match="unknown setting 'sed' for method lora"):
         given = dict(sed=1, outputs=str(tmp_path/"outputs"))
         execute_notebook(template(), tmp_path/"out.ipynb", given, kernel_name="python3", progress_bar=False)
@@ -194,7 +194,7 @@ shell = InteractiveShell.instance()
 
 def test_notebook_by_hand(tmp_path):
     "Run all, change a parameter, run all again, in one kernel; then only from the parameters on."
-    from peft_study.sweep import template
+    from peft_study.study.sweep import template
     cells = [c.source for c in nbformat.read(template(), 4).cells if c.cell_type == "code"]
     parameters = next(i for i, c in enumerate(cells) if c.startswith("task_name"))
     quick = f"\nmax_train_examples = 32\nmax_eval_examples = 16\nn_epochs = 1\noutputs = {str(tmp_path)!r}\n"

@@ -2,8 +2,8 @@
 import json, os, random, resource, signal, sys, time
 import psutil, pytest
 from conftest import descendants, findings, flags, kill_tree
-from peft_study.runs import lock_folder
-from peft_study.sweep import noticing_interrupts
+from peft_study.run.runs import lock_folder
+from peft_study.study.sweep import noticing_interrupts
 
 
 def results(folder): return {f.parent.name: f.stat().st_mtime_ns for f in folder.glob("eight/runs/*/result.json")}

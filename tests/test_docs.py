@@ -2,7 +2,7 @@
 import json, re, subprocess, sys
 import pytest, yaml
 from conftest import REPO
-from peft_study.docs import contents
+from peft_study.report.docs import contents
 
 def hidden(notebook): return any(part.startswith((".", "_")) for part in notebook.relative_to(REPO).parts)
 

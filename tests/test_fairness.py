@@ -3,15 +3,16 @@ import json, math, shutil
 from itertools import product
 import nbformat, numpy as np, pandas as pd, pytest
 from fabricate import final_seeds, run_folder
-from peft_study.glue import BadInput
-from peft_study.paper import (Paper, abstract, against, conclusion, in_short, init_table, init_verdict, limits,
-                              map_figure, other_methods, parameters_text, percent, points_from, protocol_text,
-                              scores_text, status_text, with_interval)
-from peft_study.report import Trace, execute_report, main_table, pair_table, save_trace
-from peft_study.results import (DevExamples, best_runs, cell_means, compare, compare_pairs, floors, learned, load_runs,
-                                not_reported, paired, pairs, predictions_of, publish_predictions, reported)
-from peft_study.submission import choose
-from peft_study.terminal import print_table
+from peft_study.tasks.glue import BadInput
+from peft_study.report.paper import (Paper, abstract, against, conclusion, in_short, init_table, init_verdict, limits,
+                                     map_figure, other_methods, parameters_text, percent, points_from, protocol_text,
+                                     scores_text, status_text, with_interval)
+from peft_study.report.report import Trace, execute_report, main_table, pair_table, save_trace
+from peft_study.results.table import (DevExamples, best_runs, cell_means, compare, compare_pairs, floors, learned,
+                                      load_runs, not_reported, paired, pairs, predictions_of, publish_predictions,
+                                      reported)
+from peft_study.share.submission import choose
+from peft_study.cli import print_table
 from rich.console import Console
 
 
@@ -387,7 +388,7 @@ def test_several_data_sets_are_no_submission(tmp_path):
 
 def test_more_tries_win_nothing():
     "Two methods without a difference, one with 16 configurations to choose from, the other with two, in 120 places."
-    from peft_study.results import as_table, made_up
+    from peft_study.results.table import as_table, made_up
     rng, rows = np.random.default_rng(0), []
     bases = dict(lora=made_up("lora", .8, tune_share=.1), bitfit=made_up("bitfit", .8, tune_share=.1))
     def add(place, method, lr, seed):

@@ -2,8 +2,8 @@
 import json
 import pytest
 from conftest import flags
-from peft_study.data import has_split, read_split
-from peft_study.glue import TASKS, splits
+from peft_study.tasks.data import has_split, read_split
+from peft_study.tasks.glue import TASKS, splits
 
 # train, dev, test; QNLI, MNLI and QQP are samples in the folder the tests are written for
 ROWS = dict(cola=(8551, 1043, 1063), sst2=(67349, 872, 1821), mrpc=(3668, 408, 1725), stsb=(5749, 1500, 1379),

@@ -5,7 +5,7 @@ from conftest import PROGRAM, REPO
 
 def test_bench_of_a_gpu_runs_to_its_end(command, tmp_path):
     "Killed in the dry run it keeps what it has; called again it ends all its parts. Its first line is the answer."
-    from peft_study.gpu import all_parts, read_record
+    from peft_study.bench.gpu import all_parts, read_record
     file, asked = tmp_path/"gpu/gpu.jsonl", ["bench", "--gpu", "--dry-run", "--output", tmp_path/"gpu"]
     child = subprocess.Popen([*PROGRAM, *map(str, asked)], cwd=REPO, stdout=subprocess.DEVNULL)
     while child.poll() is None and not any("gap" in row for row in read_record(file)[1]): time.sleep(.2)
@@ -29,10 +29,11 @@ def test_bench_of_a_gpu_runs_to_its_end(command, tmp_path):
 
 def test_a_part_that_hangs_costs_its_own_time_alone(tmp_path):
     "It is ended at its limit with its rows kept, the others report, and the next call tries it again."
-    from peft_study.gpu import Part, cases, measure_gpu
-    endless = Part("endless", "peft_study.gpu:measure_cases", (dict(tiny=True), cases("ours", "fp32") * 1000), limit=40)
+    from peft_study.bench.gpu import Part, cases, measure_gpu
+    forever = dict(tiny=True), cases("ours", "fp32") * 1000
+    endless = Part("endless", "peft_study.bench.gpu:measure_cases", forever, limit=40)
     parts = [Part("hangs", "time:sleep", (600,), limit=1), endless,
-             Part("after", "peft_study.gpu:measure_waits", (dict(tiny=True),), limit=300)]
+             Part("after", "peft_study.bench.gpu:measure_waits", (dict(tiny=True),), limit=300)]
     told = []
     measure_gpu(tmp_path, tiny=True, parts=parts, show=told.append)
     ends = [line.rpartition(",")[0] for line in told if not line.startswith("fastest")]
@@ -45,7 +46,7 @@ def test_a_part_that_hangs_costs_its_own_time_alone(tmp_path):
 
 def test_the_fastest_is_right():
     "A configuration whose losses are others, or were not compared, is not called fastest, however fast it is."
-    from peft_study.gpu import TOLERANCE, answers
+    from peft_study.bench.gpu import TOLERANCE, answers
     def row(speed, side="ours", **more):
         usual = dict(encoder="MiniLM", method="lora", tokens=[16, 96], precision="bf16")
         return usual | dict(side=side, examples_per_second=speed) | more

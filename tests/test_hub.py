@@ -3,10 +3,10 @@ import os, shutil, time
 import pandas as pd, pytest
 from conftest import REPO, flags
 from hub import hub
-from peft_study import data
-from peft_study.data import read_split
-from peft_study.glue import get_task, splits
-from peft_study.runs import read_metrics
+from peft_study.tasks import data
+from peft_study.tasks.data import read_split
+from peft_study.tasks.glue import get_task, splits
+from peft_study.run.runs import read_metrics
 
 SHORT = flags(epochs=1, max_length=16, max_train_examples=32, max_eval_examples=8)
 MODEL, DATA = "someone/tiny-bert", "nyu-mll/glue"

@@ -2,9 +2,9 @@
 import subprocess, sys
 import pytest
 from conftest import REPO
-from peft_study.config import RunConfig, _run_id
+from peft_study.run.config import RunConfig, _run_id
 from peft_study.methods.core import find_method, method_names
-from peft_study.runs import code_files
+from peft_study.run.runs import code_files
 
 # A default that is changed gives finished runs another meaning under the same name. New settings come with a default
 # that is as before.
@@ -56,9 +56,9 @@ def test_defaults_of_a_method(name):
 
 TRAIN = """
 import sys
-from peft_study.config import RunConfig
-from peft_study.runs import read_result
-from peft_study.train import train
+from peft_study.run.config import RunConfig
+from peft_study.run.runs import read_result
+from peft_study.run.train import train
 short = dict(max_train_examples=32, max_eval_examples=8, n_epochs=1)
 folder, = train([RunConfig(task_name="cola", method="lora", data="demo", checkpoint=sys.argv[1], **short)], sys.argv[2])
 origin = read_result(folder)["provenance"]
@@ -84,7 +84,7 @@ def test_same_rows_from_anywhere(tmp_path, monkeypatch):
     "The Hub, a clone of its files, and the TSVs of the official download: the same rows are the same run."
     import pandas as pd
     from datasets import Dataset
-    from peft_study import data
+    from peft_study.tasks import data
     rows = pd.DataFrame(dict(sentence1=["It rains. ", "A man sings."], sentence2=["It pours.", "A man is silent."],
                              label=[3.8, .25])).astype(dict(label="float32"))
     (tmp_path/"tsv/STS-B").mkdir(parents=True)

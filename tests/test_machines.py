@@ -4,10 +4,11 @@ from contextlib import ExitStack
 from unittest.mock import patch
 import numpy as np, pytest, torch
 from conftest import REPO, flags
-from peft_study import runs, sweep, train
-from peft_study.glue import BadInput, METRICS, get_task, score
-from peft_study.runs import cores, lock_folder, lock_owner, provenance
-from peft_study.speed import speed_up
+from peft_study.run import runs, train
+from peft_study.study import sweep
+from peft_study.tasks.glue import BadInput, METRICS, get_task, score
+from peft_study.run.runs import cores, lock_folder, lock_owner, provenance
+from peft_study.run.speed import speed_up
 
 # --- scores
 
@@ -72,8 +73,8 @@ LEFT_OVER = dict(
 
 TRAIN = """
 import sys
-from peft_study.config import RunConfig
-from peft_study.train import train
+from peft_study.run.config import RunConfig
+from peft_study.run.train import train
 short = dict(max_train_examples=64, max_eval_examples=8, n_epochs=1)
 config = RunConfig(task_name="cola", method="lora", data="demo", checkpoint=sys.argv[1], **short)
 train([config], sys.argv[2], processes=int(sys.argv[3]))

@@ -4,12 +4,12 @@ from functools import lru_cache
 import pytest, torch
 from transformers import AutoModelForSequenceClassification
 from peft_study.encoders import FAMILIES, ROLES, get_sizes, tiny_config
-from peft_study.glue import BadInput
+from peft_study.tasks.glue import BadInput
 from peft_study.methods.core import apply_method, check_method, find_method, method_names, random_batch, trainable
-from peft_study.model import MeanPooled, mean_pooled_
-from peft_study.speed import speed_up
-from peft_study.stack import attend_in_stacks, share_frozen, stack_logits
-from peft_study.train import example_losses
+from peft_study.run.model import MeanPooled, mean_pooled_
+from peft_study.run.speed import speed_up
+from peft_study.run.stack import attend_in_stacks, share_frozen, stack_logits
+from peft_study.run.train import example_losses
 
 SETTINGS = dict(
     full=[dict(), dict(top_k=1)],
@@ -251,7 +251,7 @@ def test_broken_promises(method, why):
 @pytest.mark.parametrize("p, share", [(0., 1.), (.25, .75), (1 - 1e-9, 0.), (1., 0.)])
 def test_dropout_at_the_edges(p, share):
     "In the hidden states and in attention, as torch's: all are kept at 0 and none at 1."
-    from peft_study.speed import attention, cheap_dropout
+    from peft_study.run.speed import attention, cheap_dropout
     module = torch.nn.Sequential(torch.nn.Dropout(p))
     cheap_dropout(module)
     assert (module(torch.ones(100, 100)) != 0).float().mean() == pytest.approx(share, abs=.02)

@@ -2,13 +2,13 @@
 import json, os, shutil
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from peft_study.config import RunConfig
-from peft_study.data import Example, Tokens, load_tokenizer, tokenise, tokenizer_fingerprint
-from peft_study.glue import BadInput
-from peft_study.model import build_model
-from peft_study.predict import load_run
-from peft_study.runs import run_folder
-from peft_study.train import train
+from peft_study.run.config import RunConfig
+from peft_study.tasks.data import Example, Tokens, load_tokenizer, tokenise, tokenizer_fingerprint
+from peft_study.tasks.glue import BadInput
+from peft_study.run.model import build_model
+from peft_study.run.predict import load_run
+from peft_study.run.runs import run_folder
+from peft_study.run.train import train
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 import os, shutil
 from contextlib import chdir
 import pytest
-from peft_study.config import RunConfig
-from peft_study.predict import complete_predictions, evaluate, missing_predictions
-from peft_study.results import disagreements
-from peft_study.runs import read_result, run_folder
-from peft_study.submission import submit
-from peft_study.train import train
+from peft_study.run.config import RunConfig
+from peft_study.run.predict import complete_predictions, evaluate, missing_predictions
+from peft_study.results.table import disagreements
+from peft_study.run.runs import read_result, run_folder
+from peft_study.share.submission import submit
+from peft_study.run.train import train
 
 WHAT, HOW = ("film", "story", "cast", "end"), ("fine", "dull", "new", "old")
 SENTENCES = [f"the {what} is {how}" for what in WHAT for how in HOW]
@@ -27,7 +27,7 @@ def sst2(folder):
 
 
 def test_relative_path_seen_from_elsewhere(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_study.submission.SUBMISSION_ROWS", {"SST-2.tsv": 16} | {n: 2 for n in OTHERS})
+    monkeypatch.setattr("peft_study.share.submission.SUBMISSION_ROWS", {"SST-2.tsv": 16} | {n: 2 for n in OTHERS})
     (tmp_path/"here").mkdir()
     sst2(tmp_path/"glue")
     checkpoint = os.path.relpath(tiny, tmp_path/"here")

@@ -29,7 +29,7 @@ optimizer = torch.optim:SGD
 """
 MODULE = """
 import torch
-from peft_study.glue import Metric
+from peft_study.tasks.glue import Metric
 from peft_study.methods.core import Method
 
 class Shift(Method):
@@ -131,7 +131,7 @@ BAD = [
     (dict(old="labels = bad,fair,good", new="labels = bad,good"), "unknown label 'fair', expected one of bad, good"),
     (dict(old="bad,fair,good", new="bad,fair,good,superb"), "no training example has the label 'superb'"),
     (dict(old="accuracy,macro_f1", new="accuracy,bleu"), "unknown metric 'bleu': use one of matthews, accuracy, f1"),
-    (dict(old="mine_too:RECALL", new="mine_too:recall"), "metric 'mine_too:recall' is no peft_study.glue.Metric"),
+    (dict(old="mine_too:RECALL", new="mine_too:recall"), "metric 'mine_too:recall' is no peft_study.tasks.glue.Metric"),
     (dict(old="mine_too:RECALL", new="mine_too:ERROR"), "must be 1 where all predictions are right, and is 0"),
     (dict(old="mine_too:RECALL", new="no_such:X"), "metric 'no_such:X': ModuleNotFoundError"),
     (dict(old="accuracy,macro_f1", new="f1"), "metric 'f1' is for two classes, and this task has 3 classes"),
@@ -140,7 +140,7 @@ BAD = [
     (dict(flags=["--data", "demo"]), "the synthetic demo data has no task 'reviews'"),
     (dict(flags=["--task", "revews"]), "unknown task_name 'revews': use one of cola"),
     (dict(flags=["--task", "no_such:TASK"]), "task_name 'no_such:TASK': ModuleNotFoundError"),
-    (dict(flags=["--task", "json:dumps"]), "task_name 'json:dumps' is no peft_study.glue.Task"),
+    (dict(flags=["--task", "json:dumps"]), "task_name 'json:dumps' is no peft_study.tasks.glue.Task"),
     (dict(old="[task.boolq]", new="[task.rte]"), "[task.rte]: GLUE has a rte; take another"),
     (dict(gone="reviews/dev.csv"), "dev.tsv, .csv or .parquet is missing; reviews needs its train and dev files"),
     (dict(flags=["--optimizer", "sgd"]), "optimizer must be adamw or package.module:function, got 'sgd'"),
@@ -163,7 +163,7 @@ def test_bad_input(command, own, tiny, change, message):
 def test_module_and_optimizer(command, own, tiny):
     "A task and an optimiser in a file of the user's own; a broken row of a CSV is left out where that is allowed."
     (own/"mine.py").write_text(
-        "from peft_study.glue import Task\n"
+        "from peft_study.tasks.glue import Task\n"
         "REVIEWS = Task('reviews', ('text',), ('bad', 'fair', 'good'), label='stars', data='reviews')\n")
     (own/"heavy_ball.py").write_text(
         "import torch\ndef sgd(groups): return torch.optim.SGD(groups, momentum=.9)\n")
@@ -187,7 +187,7 @@ def test_module_and_optimizer(command, own, tiny):
 
 def test_identity(own, tiny, monkeypatch):
     "A run of one's own task is what its declaration and its data are, not where they lie."
-    from peft_study.config import RunConfig
+    from peft_study.run.config import RunConfig
     monkeypatch.chdir(own)
     def run_id(**more): return RunConfig(**dict(task_name="reviews", method="lora", checkpoint=str(tiny)) | more).run_id
     first, settings = run_id(), (own/"settings.ini").read_text()
@@ -208,6 +208,6 @@ def test_identity(own, tiny, monkeypatch):
 
 def test_metrics():
     "Each entry of the table: its form for many sets is its form for one."
-    from peft_study.glue import METRICS, check_metric
+    from peft_study.tasks.glue import METRICS, check_metric
     for name, metric in METRICS.items():
         for seed in range(5): assert check_metric(metric, seed=seed) < 1e-9, name

@@ -4,7 +4,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 import pytest
 from conftest import PROGRAM, REPO, descendants, flags, kill_tree
-from peft_study.config import read_study
+from peft_study.run.config import read_study
 
 PYTHON = f"3.{sys.version_info.minor}"
 LOOPBACK = """
@@ -119,13 +119,13 @@ def test_half_are_other_runs(home, tmp_path):
     assert code == 0, out + err
     with tarfile.open(tmp_path/"half.tar.gz") as tar: tar.extractall(tmp_path)
     program = """
-from peft_study.config import read_study
-from peft_study.runs import commit, provenance
+from peft_study.run.config import read_study
+from peft_study.run.runs import commit, provenance
 study = read_study("short", overrides=dict(data="data", checkpoint="checkpoints/{}-fp16"))
 origin = provenance(study.configs[0])
 print(origin["weights"], origin["commit"], *(c.run_id for c in study.configs))
 """
-    from peft_study.runs import commit
+    from peft_study.run.runs import commit
     own = read_study("short", home/"settings.ini").configs
     program = program.format(Path(own[0].checkpoint).name)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(PYTHONPATH=str(tmp_path/"short"))

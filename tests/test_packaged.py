@@ -3,7 +3,7 @@ import hashlib, io
 from types import SimpleNamespace
 from zipfile import ZipFile
 import pytest
-from peft_study import data
+from peft_study.tasks import data
 from peft_study.files import BadInput
 
 

@@ -4,10 +4,10 @@ from copy import deepcopy
 import pytest, torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
-from peft_study import exchange
+from peft_study.share import exchange
 from peft_study.encoders import FAMILIES, ROLES, Sites, tiny_config
-from peft_study.exchange import load_peft, peft_method, merged_model
-from peft_study.glue import BadInput
+from peft_study.share.exchange import load_peft, peft_method, merged_model
+from peft_study.tasks.glue import BadInput
 from peft_study.methods.core import apply_method, load_adapter, random_batch, save_adapter, trainable
 from peft_study.methods.ia3 import IA3
 from peft_study.methods.lora import LoRA

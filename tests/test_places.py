@@ -7,7 +7,7 @@ from zipfile import ZipFile
 import nbformat, pytest
 from packaging.specifiers import SpecifierSet
 from conftest import REPO
-from peft_study.config import read_study
+from peft_study.run.config import read_study
 from peft_study.files import default_outputs
 
 PROGRAM = Path(sys.executable).parent/"peft-study"   # `python -c` would look for libraries in the working folder
@@ -110,7 +110,7 @@ def test_oldest_python():
 
 def test_long_temporary_folder(tmp_path):
     "A socket's path has room for 107 bytes; where TMPDIR is longer, processes begin without the fork server."
-    code = "from peft_study.kernels import begin; import os, sys; begin(os.mkdir, sys.argv[1]).join()"
+    code = "from peft_study.run.kernels import begin; import os, sys; begin(os.mkdir, sys.argv[1]).join()"
     long = tmp_path/("x" * 60)/("y" * 60)
     long.mkdir(parents=True)
     env = os.environ | dict(TMPDIR=str(long), PYTHONPATH=str(REPO))
@@ -132,9 +132,9 @@ def test_ones_own_method_in_the_working_folder(tmp_path):
 
 def test_an_unfinished_run_elsewhere(tmp_path):
     "A run without a result belongs to the same data from every folder, though its path is relative."
-    from peft_study.config import RunConfig
-    from peft_study.results import load_runs
-    from peft_study.runs import start_run
+    from peft_study.run.config import RunConfig
+    from peft_study.results.table import load_runs
+    from peft_study.run.runs import start_run
     (tmp_path/"here/data/RTE").mkdir(parents=True)
     for split in ("train", "dev"):
         rows = "index\tsentence1\tsentence2\tlabel\n0\tIt rains.\tIt pours.\tentailment\n"

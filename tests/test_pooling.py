@@ -5,16 +5,16 @@ from types import SimpleNamespace
 from unittest.mock import patch
 import pytest, torch
 from conftest import QUICK, flags
-from peft_study.config import RunConfig
-from peft_study.data import load_tokenizer, minilm_folder
+from peft_study.run.config import RunConfig
+from peft_study.tasks.data import load_tokenizer, minilm_folder
 from peft_study.encoders import FAMILIES, tiny_config
-from peft_study.exchange import save_embedder
+from peft_study.share.exchange import save_embedder
 from peft_study.methods.core import apply_method, find_method, method_names, save_adapter, trainable
-from peft_study.model import mean_pooled_
-from peft_study.predict import load_run
-from peft_study.runs import is_done, read_metrics, read_result
-from peft_study.stack import stack_key, train_stack
-from peft_study.train import evaluate_epoch, train
+from peft_study.run.model import mean_pooled_
+from peft_study.run.predict import load_run
+from peft_study.run.runs import is_done, read_metrics, read_result
+from peft_study.run.stack import stack_key, train_stack
+from peft_study.run.train import evaluate_epoch, train
 
 MEAN = dict(task_name="cola", data="demo", pooling="mean", max_train_examples=48, max_eval_examples=16, batch_size=8,
             n_epochs=3)

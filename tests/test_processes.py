@@ -2,10 +2,10 @@
 import os, re, subprocess, sys, time
 import psutil, pytest
 from conftest import PROGRAM, REPO, descendants, flags
-from peft_study.config import RunConfig
-from peft_study.data import minilm_folder
-from peft_study.runs import read_metrics, read_result, start_run
-from peft_study.train import train
+from peft_study.run.config import RunConfig
+from peft_study.tasks.data import minilm_folder
+from peft_study.run.runs import read_metrics, read_result, start_run
+from peft_study.run.train import train
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_losses_and_learning_rates(checkpoint, tmp_path, method):
     for processes in (1, 2):
         folder = start_run(config, tmp_path/str(processes))
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*launcher, "-m", "peft_study.train", str(folder), str(os.getpid()), "1", "10"]
+        command = [*launcher, "-m", "peft_study.run.train", str(folder), str(os.getpid()), "1", "10"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=REPO, timeout=300)
         assert done.returncode == 0, done.stderr
         found[processes] = [m for m in read_metrics(folder) if "loss" in m], read_result(folder)
@@ -58,7 +58,7 @@ def test_run_in_two_processes(command, checkpoint, tmp_path):
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-MODULE = ["-m", "peft_study.train"]
+MODULE = ["-m", "peft_study.run.train"]
 
 
 def launched(*command):
@@ -81,7 +81,7 @@ def test_launchers_of_ones_own(checkpoint, tmp_path):
                           ([*ACCELERATE, "--num_processes", 2, *MODULE, none], "use torchrun --nproc_per_node N"),
                           ([sys.executable, *MODULE], "'' is no run folder")):
         done = launched(*command)
-        assert done.returncode and len(re.findall("^peft_study.train: .*", done.stderr, re.M)) == 1, done.stderr
+        assert done.returncode and len(re.findall("^peft_study.run.train: .*", done.stderr, re.M)) == 1, done.stderr
         assert says in done.stderr
     assert read_result(none) is None
 

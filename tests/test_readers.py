@@ -3,19 +3,19 @@ import json, os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft_study.bench import read_bench
+from peft_study.bench.bench import read_bench
 from peft_study.cli import shortened
-from peft_study.config import RunConfig, read_study
-from peft_study.data import read_file
+from peft_study.run.config import RunConfig, read_study
+from peft_study.tasks.data import read_file
 from peft_study.encoders import Sites, tiny_config
-from peft_study.exchange import peft_method
+from peft_study.share.exchange import peft_method
 from peft_study.files import BadInput
-from peft_study.glue import get_task, make_task
+from peft_study.tasks.glue import get_task, make_task
 from peft_study.methods.core import apply_method, find_method, load_adapter, save_adapter
-from peft_study.report import trace_cell
-from peft_study.results import cell_means, load_runs, predictions_of
-from peft_study.runs import cut_metrics, read_config, read_metrics, read_record, read_result
-from peft_study.submission import score_submission
+from peft_study.report.report import trace_cell
+from peft_study.results.table import cell_means, load_runs, predictions_of
+from peft_study.run.runs import cut_metrics, read_config, read_metrics, read_record, read_result
+from peft_study.share.submission import score_submission
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 30))   # of each reader and each kind of damage
 a_few = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)

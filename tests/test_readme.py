@@ -4,9 +4,9 @@ from zipfile import ZipFile
 import pandas as pd
 import pytest
 from conftest import REPO
-from peft_study.bench import against_peers, ratios
+from peft_study.bench.bench import against_peers, ratios
 from peft_study.cli import write_findings
-from peft_study.plots import number
+from peft_study.results.plots import number
 
 TEXT = (REPO/"README.md").read_text()
 
@@ -41,8 +41,8 @@ def test_untrained(glue):
     "What the checkpoint scores before any training, as recorded."
     import torch
     from transformers import AutoModel, AutoTokenizer
-    from peft_study.data import minilm_folder, read_split
-    from peft_study.glue import METRICS, get_task
+    from peft_study.tasks.data import minilm_folder, read_split
+    from peft_study.tasks.glue import METRICS, get_task
     folder, pairs = minilm_folder(), list(read_split(get_task("stsb"), "dev", glue))
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
@@ -85,5 +85,5 @@ def test_speed(side, written):
 def test_peers():
     "The table of the peer at its best and at its defaults is the record's."
     record = REPO/"reports/records/bench_peers/bench.json"
-    if not record.is_file(): pytest.skip("not measured on a quiet machine yet: see The record in nbs/27_bench.ipynb")
+    if not record.is_file(): pytest.skip("not measured on a quiet machine yet: see nbs/bench/01_bench.ipynb")
     assert against_peers(json.loads(record.read_text())["rows"]) in TEXT

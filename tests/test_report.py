@@ -3,12 +3,13 @@ import json, re, resource, shutil, time
 from html.parser import HTMLParser
 import nbformat, pytest
 from conftest import REPO
-from peft_study.config import RunConfig
+from peft_study.run.config import RunConfig
 from peft_study.methods.core import method_names
-from peft_study.cards import command_of
+from peft_study.share.cards import command_of
 from peft_study import report as report_module
-from peft_study.report import execute_report, faults_of_pdf, options, quarto_program, render_with_pandoc, report
-from peft_study.runs import read_config, start_run
+from peft_study.report.report import (execute_report, faults_of_pdf, options, quarto_program, render_with_pandoc,
+                                      report)
+from peft_study.run.runs import read_config, start_run
 
 
 class Page(HTMLParser):
@@ -174,9 +175,9 @@ def sizes(method): return dict(full=("top_k", range(1, 13)), lora=("rank", [2**k
 
 def test_a_thousand_runs(tmp_path):
     "Table and figures of 1,000 run folders in under 20 seconds."
-    from peft_study.plots import cost_vs_score, difference_map, plt, relative_to_full, score_vs_parameters
-    from peft_study.report import Trace, main_table, size_table
-    from peft_study.results import DevExamples, compare, load_runs
+    from peft_study.results.plots import cost_vs_score, difference_map, plt, relative_to_full, score_vs_parameters
+    from peft_study.report.report import Trace, main_table, size_table
+    from peft_study.results.table import DevExamples, compare, load_runs
     made = 0
     for task in ("cola", "sst2", "mrpc", "stsb", "rte"):
         for method in ("lora", "adapter", "full"):
@@ -267,7 +268,7 @@ def test_paper(tmp_path):
 def test_subtitle():
     "A study of synthetic data is not one of GLUE, whatever its tasks are called."
     import pandas as pd
-    from peft_study.report import subtitle
+    from peft_study.report.report import subtitle
     def of(*rows): return subtitle(pd.DataFrame(rows, columns=["task_name", "data"]))
     assert of(("cola", "demo"), ("sst2", "demo")).endswith("on synthetic data")
     assert of(("cola", "hub")).endswith("on GLUE")

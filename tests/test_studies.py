@@ -3,9 +3,9 @@ import json, os, zipfile
 import pandas as pd
 import pytest
 from conftest import QUICK, REPO, flags
-from peft_study.config import read_study, unequal_budgets
-from peft_study.glue import SUBMISSION_ROWS, TASKS, splits
-from peft_study.records import published_runs
+from peft_study.run.config import read_study, unequal_budgets
+from peft_study.tasks.glue import SUBMISSION_ROWS, TASKS, splits
+from peft_study.study.records import published_runs
 
 GOOD = "[mine]\ntask_name = rte\ndata = demo\n[mine.lora]\nrank = 4\n"
 

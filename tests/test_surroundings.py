@@ -4,9 +4,10 @@ from pathlib import Path
 from unittest.mock import patch
 import psutil, pytest, torch
 from conftest import PROGRAM, REPO, flags
-from peft_study import runs, sweep, train
-from peft_study.config import RunConfig
-from peft_study.runs import commit, lock_folder
+from peft_study.run import runs, train
+from peft_study.study import sweep
+from peft_study.run.config import RunConfig
+from peft_study.run.runs import commit, lock_folder
 
 SHORT = flags(max_train_examples=32, max_eval_examples=8, epochs=1, max_length=16)
 
@@ -147,7 +148,7 @@ def test_two_processes_on_a_machine_whose_name_leads_nowhere(tiny, tmp_path):
     (tmp_path/"sitecustomize.py").write_text(
         "import socket\nsocket.getfqdn = lambda *a: 'no-such-machine.invalid'\nsocket.gethostname = socket.getfqdn\n")
     env = os.environ | dict(PYTHONPATH=f"{tmp_path}:{REPO}")
-    code = ("import sys; from peft_study.config import RunConfig; from peft_study.train import train; "
+    code = ("import sys; from peft_study.run.config import RunConfig; from peft_study.run.train import train; "
             "train([RunConfig(task_name='cola', method='head', data='demo', checkpoint=sys.argv[1], n_epochs=1, "
             "max_train_examples=16, max_eval_examples=8)], sys.argv[2], processes=2)")
     done = subprocess.run([sys.executable, "-c", code, tiny, tmp_path/"o"], env=env, cwd=REPO, timeout=150)
@@ -198,7 +199,7 @@ def test_a_kernel_that_dies_behind_the_result(tmp_path, monkeypatch):
 
 
 def test_a_result_of_before_a_setting_existed(tmp_path):
-    from peft_study.results import load_runs
+    from peft_study.results.table import load_runs
     config = RunConfig(task_name="cola", method="head", data="demo", checkpoint="minilm", study="old")
     folder = runs.start_run(config, tmp_path)
     older = {k: v for k, v in config.flat().items() if k not in ("keep", "precision", "tune_share")}

@@ -2,11 +2,11 @@
 Runs with nothing but defaults are in test_identity."""
 import pytest, torch
 from test_identity import id_but_for_data
-from peft_study.config import RunConfig
+from peft_study.run.config import RunConfig
 from peft_study.encoders import ROLES, tiny_config
 from peft_study.methods.core import apply_method, count
-from peft_study.runs import read_metrics
-from peft_study.train import train
+from peft_study.run.runs import read_metrics
+from peft_study.run.train import train
 from transformers import AutoModelForSequenceClassification
 
 # Run id → trainable parameters on a tiny BERT of three classes, and the settings.

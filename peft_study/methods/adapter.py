@@ -11,7 +11,7 @@ from functools import partial
 from typing import Literal
 from pydantic import Field
 from ..encoders import Sites, Sizes
-from ..glue import BadInput
+from ..tasks.glue import BadInput
 from .core import Method, in_norm
 
 # %% ../../nbs/methods/02_adapter.ipynb #5dfb3ac8

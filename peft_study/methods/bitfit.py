@@ -7,7 +7,7 @@ __all__ = ['BitFit']
 
 # %% ../../nbs/methods/04_bitfit.ipynb #2c50c657
 from ..encoders import Sites, Sizes, get_sizes
-from ..glue import BadInput
+from ..tasks.glue import BadInput
 from .core import Method
 
 # %% ../../nbs/methods/04_bitfit.ipynb #deff8ced

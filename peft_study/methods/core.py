@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..encoders import (ROLES, Sites, Sizes, get_family, get_sizes, head_parameters, is_mean_pooled,
                                  pooler_parameters)
 from ..files import import_object, is_lfs_pointer, read_json
-from ..glue import BadInput
+from ..tasks.glue import BadInput
 
 # %% ../../nbs/methods/00_core.ipynb #cd88e940
 _plain = {"Input should be ": "must be ", "greater than or equal to": "at least", "less than or equal to": "at most"}

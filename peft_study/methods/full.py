@@ -8,7 +8,7 @@ __all__ = ['Full']
 # %% ../../nbs/methods/01_full.ipynb #e600a319
 from pydantic import Field
 from ..encoders import Sites, Sizes
-from ..glue import BadInput
+from ..tasks.glue import BadInput
 from .core import Method
 
 # %% ../../nbs/methods/01_full.ipynb #1e7ca65b

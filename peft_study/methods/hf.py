@@ -8,7 +8,7 @@ __all__ = ['HfLoRA', 'HfPrompt', 'HfPrefix', 'HfIA3']
 # %% ../../nbs/methods/10_hf.ipynb #37dcbab6
 from pydantic import Field
 from ..encoders import Sites, Sizes, families_where, get_family, get_sizes
-from ..glue import BadInput
+from ..tasks.glue import BadInput
 from .core import OfficialMethod
 from .lora import LoRA
 from .prompt import Prompt

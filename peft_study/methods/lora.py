@@ -9,7 +9,7 @@ __all__ = ['lora_forward', 'add_lora', 'dora_forward', 'merge_lora', 'unmerge_lo
 from fastcore.basics import patch
 from pydantic import Field, field_validator, model_validator
 from ..encoders import ROLES, Sites, Sizes, get_family
-from ..glue import BadInput
+from ..tasks.glue import BadInput
 from .core import Method
 
 # %% ../../nbs/methods/03_lora.ipynb #b5e565db

@@ -9,7 +9,7 @@ __all__ = ['ATTENTION', 'prefix_attention', 'register', 'set_prefixes', 'clear_p
 from fastcore.basics import patch
 from pydantic import Field
 from ..encoders import Sites, Sizes, families_where, get_family
-from ..glue import BadInput
+from ..tasks.glue import BadInput
 from .core import Method, trainable
 
 # %% ../../nbs/methods/09_prefix.ipynb #7db7aa5a

@@ -10,7 +10,7 @@ from typing import Literal
 from fastcore.basics import patch
 from pydantic import Field
 from ..encoders import Sites, Sizes, get_family, get_sizes, is_mean_pooled
-from ..glue import BadInput
+from ..tasks.glue import BadInput
 from .core import Method
 
 # %% ../../nbs/methods/08_prompt.ipynb #50984c43
