@@ -54,7 +54,7 @@ def test_sidebar():
     def listed(contents):
         for entry in contents:
             if isinstance(entry, str): yield entry
-            else: yield from listed(entry["contents"])
+            else: yield from [entry["href"]] * ("href" in entry) + list(listed(entry["contents"]))
     sidebar = yaml.safe_load((REPO/"nbs/_quarto.yml").read_text())["website"]["sidebar"]["contents"]
     assert sorted(listed(sidebar)) == sorted(map(named, SOURCES))
 
