@@ -369,7 +369,8 @@ def code_files() -> list[Path]:
     "The modules that decide what a run finds: all that training imports, but for those that only keep it."
     import peft_study
     package = Path(peft_study.__file__).parent
-    deciding = ("files", "glue", "demo", "data", "encoders", "config", "model", "speed", "predict", "train")
+    deciding = ("files", "tasks/glue", "tasks/demo", "tasks/data", "encoders", "run/config", "run/model", "run/speed",
+                "run/predict", "run/train")
     return [package/f"{m}.py" for m in deciding] + sorted((package/"methods").glob("*.py"))
 
 def code_version() -> str:
