@@ -1,8 +1,8 @@
-# setup · demo · test · report · docs; each makes .venv first when it is missing or out of date
+# setup · demo · test · report · paper · docs; each makes .venv first when it is missing or out of date
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test report docs
+.PHONY: setup demo test report paper docs
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -25,6 +25,9 @@ test: setup
 STUDY ?= demo
 report: setup
 	$(BIN)/peft-study report $(STUDY)
+
+paper: setup   # reports/paper.html and .pdf, of what is stored
+	$(BIN)/python -c "from peft_study.report.report import render; print(*render('reports/paper.ipynb')[0], sep='\n')"
 
 docs: setup
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \
