@@ -33,7 +33,7 @@ class Failed(Exception):
 # %% ../nbs/02_cli.ipynb #c1000008
 def _ended(e:Exception) -> tuple[int, str]:
     "The exit code and the line that an exception ends with; it is raised again where it is a bug."
-    message = e.format_message() if hasattr(e, "format_message") else str(e)   # the former: what typer says of flags
+    message = e.format_message() if hasattr(e, "format_message") else str(e)   # which is what typer says of flags
     if isinstance(e, BadInput) or hasattr(e, "format_message"): return 2, message
     if isinstance(e, (Failed, FloatingPointError)): return 1, message
     if isinstance(e, OSError) and e.filename and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -126,14 +126,14 @@ def _notes(table, cells) -> list[str]:
     "What a reader of the table has to know besides."
     from peft_study.results.table import different_threads, done, not_reported
     runs, notes = done(table), []
-    former, other_code = (not_reported(table).stage == "former").sum(), int(table.other_code.sum())
+    superseded, other_code = (not_reported(table).stage == "superseded").sum(), int(table.other_code.sum())
     missing = len(table) - len(runs)
     if len(cells) and cells.n.max() > 1: notes.append(f"means over up to {cells.n.max()} seeds")
     if len(cells) and cells.tried.max() > 1:
         notes.append(f"each cell is the chosen one of up to {cells.tried.max()} configurations")
     if len(runs) and cells.empty: notes.append("no cell has been repeated with the final seeds yet")
-    if former:
-        notes.append(f"{former} runs are of a former choice, or code, and are left out: see stage in results.csv")
+    if superseded:
+        notes.append(f"{superseded} runs are of an earlier choice, or code, and are left out: see stage in results.csv")
     if other_code:
         of_all = f"{other_code} of {len(runs)} runs"
         notes.append(f"{of_all} are of another version of the code: see other_code in results.csv")

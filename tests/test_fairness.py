@@ -203,14 +203,14 @@ def test_report_of_two_stages(tmp_path):
         for seed in (1, 2, 3, 4):
             error = "killed" if (method, seed) == ("lora", 4) else None
             run(method, .6 if method == "head" else .8, seed, rate, tune=.8, error=error)
-    former = run("lora", .99, 1, 2e-3, tune=.8)
+    superseded = run("lora", .99, 1, 2e-3, tune=.8)
     final_seeds(tmp_path, [1, 2, 3, 4])
     table = load_runs("made_up", tmp_path)
-    assert table.stage.value_counts().to_dict() == dict(final=12, tune=6, former=1)
-    assert set(not_reported(table).run_id) == {former.name} | set(table.run_id[table.status == "failed"])
+    assert table.stage.value_counts().to_dict() == dict(final=12, tune=6, superseded=1)
+    assert set(not_reported(table).run_id) == {superseded.name} | set(table.run_id[table.status == "failed"])
     text = said(execute_report("made_up", tmp_path))
     for words in ("Cells choose from different numbers of configurations", "LoRA with r = 8 on RTE has 3",
-                  "There is no result yet for seed 4 of LoRA with r = 8 on RTE", former.name,
+                  "There is no result yet for seed 4 of LoRA with r = 8 on RTE", superseded.name,
                   "Tuned, not repeated with the final seeds yet, and not in the tables: BitFit on RTE",
                   "run with seed 0 (6 runs)", "choosing configuration and epoch on dev, would have claimed"):
         assert words in text, words
@@ -274,7 +274,7 @@ def test_places_of_one_name(tmp_path):
             for method, worse in (("full", 0), ("lora", .1)):
                 run_folder(tmp_path, accuracy - worse, checkpoint=checkpoint, method=method, seed=seed)
     paper = Paper("made_up", tmp_path)
-    assert list(paper.places.values()) == ["RTE (base) [a/base]", "RTE (base) [b/base]"]
+    assert list(paper.conditions.values()) == ["RTE (base) [a/base]", "RTE (base) [b/base]"]
     assert map_figure(paper) and in_short(paper).count("[a/base]") >= 1
 
 

@@ -122,7 +122,7 @@ def test_changed_code(command, own):
     assert code == 0 and "1 of 2 runs are finished already" in err, err
     assert "1 runs are of a former choice, or code" in err + out
     results = list(csv.DictReader(open(own/"outputs/mine/results.csv")))
-    assert {row["stage"] for row in results if row["run_id"] == former.name} == {"former"} and len(results) == 3
+    assert {row["stage"] for row in results if row["run_id"] == former.name} == {"superseded"} and len(results) == 3
 
 
 BAD = [

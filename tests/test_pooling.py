@@ -49,7 +49,7 @@ def test_interrupted(tiny, tmp_path, method):
     config = RunConfig(**MEAN, checkpoint=str(tiny), method=method)
     def fails_later(config, state, *more):
         evaluate_epoch(config, state, *more)
-        if state.at["epoch"] == 2: raise KeyboardInterrupt
+        if state.progress["epoch"] == 2: raise KeyboardInterrupt
     with patch.dict(train.__globals__, evaluate_epoch=fails_later), pytest.raises(KeyboardInterrupt):
         train([config], tmp_path/"twice")
     (again,), (whole,) = train([config], tmp_path/"twice"), train([config], tmp_path/"once")

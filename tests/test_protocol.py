@@ -66,4 +66,4 @@ def test_from_grid_to_repetitions(two):
     table = two.table()
     assert (table.stage == "tune").sum() == 6 and (table.stage == "final").sum() == 6
     for label, runs in table[table.stage != "tune"].groupby("label"):
-        assert len(runs) in (3, 6) and (runs.stage == "former").sum() == len(runs) - 3, label
+        assert len(runs) in (3, 6) and (runs.stage == "superseded").sum() == len(runs) - 3, label

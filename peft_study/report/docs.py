@@ -110,10 +110,13 @@ def contents(folder) -> str: # of the notebooks
 # %% ../../nbs/report/02_docs.ipynb #ce6b302b
 def room_page(room:str):
     "The picture of a room, and its notebooks in Markdown."
+    import matplotlib.pyplot as plt
     from IPython.display import Markdown, display
     from peft_study.files import repository
     notebooks = sorted((repository()/"nbs"/room).glob("[0-9]*.ipynb"))
-    display(draw_room(repository()/"peft_study", room, notebooks))
+    fig = draw_room(repository()/"peft_study", room, notebooks)
+    display(fig)
+    plt.close(fig)   # else the notebook shows it once more
     lines = [f"- [{heading(file)[0]}]({file.name}): {heading(file)[1]}" for file in notebooks]
     display(Markdown("\n".join(lines)))
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAIRED', 'listed', 'plural', 'out_of', 'sentences', 'span', 'rates', 'seeds_in_words', 'in_words', 'with_size', 'be',
-           'within', 'with_interval', 'points_from', 'capital', 'Paper', 'against', 'tally', 'decided',
+           'within', 'with_interval', 'points_from', 'capital', 'Paper', 'against', 'outcome_counts', 'verdict',
            'encoder_config', 'common_parameters', 'learning_parts', 'abstract', 'code_address', 'origin', 'about_full',
            'about_probe', 'layer_figure', 'methods_table', 'data_text', 'data_table', 'setup_table', 'common_settings',
            'setup_text', 'protocol_text', 'status_text', 'not_run', 'scores_text', 'primary_line', 'primary_lines',
            'primary_text', 'answers_table', 'told_apart', 'comparison_text', 'parameters_table', 'parameters_text',
-           'difference_to_full', 'flattery', 'edges', 'is_edge', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text',
+           'difference_to_full', 'optimism', 'edges', 'is_edge', 'at_the_edge', 'tuning_text', 'has_costs', 'cost_text',
            'cost_is_drawn', 'chosen_runs', 'curves_text', 'paired_runs', 'init_table', 'official_table', 'init_verdict',
            'official_verdict', 'init_text', 'official_text', 'with_others', 'other_methods', 'others_figure',
            'others_table', 'others_verdict', 'others_text', 'published', 'published_text', 'published_scaling_text',
@@ -32,17 +32,19 @@ from ..encoders import head_parameters, pooler_parameters
 from ..files import default_outputs, read_ini, repository, root, settings_files
 from ..tasks.glue import BadInput, TASKS, TRAIN_ROWS, get_task
 from ..methods.core import described, find_method
-from ..results.plots import (at_place, cost_vs_score, curves_by_place, difference_map, differences_figure,
-                                      expected_best_figure, layer_diagram, number, place_names, published_scaling,
+from ..results.plots import (at_condition, cost_vs_score, curves_by_condition, difference_map,
+                                      differences_figure,
+                                      expected_best_figure, layer_diagram, number, condition_names, published_scaling,
                                       relative_to_full, score_vs_parameters, shown_encoder, shown_method,
                                       shown_metrics, shown_size)
 from .report import (Marks, Trace, against_table, as_it_is, cited, half_width, is_synthetic,
                                       ordered_cells, markdown_table, p_text, pair_table, percent, points,
                                       primary_table)
-from ..results.table import (CELL, PLACE, DevExamples, answers, asked, best_sizes, budget_curves, cell_means,
+from ..results.table import (CELL, CONDITION, DevExamples, answers, asked, best_sizes, budget_curves,
+                                      cell_means,
                                       compare, compare_over_tasks, compare_pairs, different_threads, done,
                                       epoch_scores, floors, load_runs, methods_in, not_reported, paired,
-                                      predictions_of, reported, runs_of, studies, usual_claims)
+                                      predictions_of, reported, runs_of, studies, dev_selected)
 from ..run.runs import git, read_config, read_record
 from ..results.statistics import glue_score
 
@@ -129,8 +131,8 @@ class Paper:
         self.runs, self.done = reported(self.table), done(self.table)
         if self.runs.empty: raise BadInput(f"study {study!r} has no finished run to report")
         self.trace, self.examples = Trace(), DevExamples(self.outputs)
-        self.places, self.methods = place_names(self.runs), methods_in(self.runs)
-        self.tasks = list(dict.fromkeys(place[0] for place in self.places))
+        self.conditions, self.methods = condition_names(self.runs), methods_in(self.runs)
+        self.tasks = list(dict.fromkeys(condition[0] for condition in self.conditions))
         self.cells = ordered_cells(cell_means(self.table, self.examples))
         self.best = ordered_cells(best_sizes(self.table, self.examples))
         self.comparisons = compare(self.table, examples=self.examples)
@@ -146,20 +148,20 @@ class Paper:
     def marks(self): return Marks(self.table, self.examples)
 
     @cached_property
-    def idle(self) -> list[tuple]:
-        "The places where no method is shown to have learned, beside others where one is: differences are noise there."
-        def any_learned(place):
-            labels = at_place(self.best, place).label
-            return any(not self.marks.not_learned(place, label) for label in labels)
-        idle = [place for place in self.places if not any_learned(place)]
-        return idle if len(idle) < len(self.places) else []
+    def unlearned(self) -> list[tuple]:
+        "Conditions where no method is shown to have learned, beside others where one is: differences are noise there."
+        def any_learned(condition):
+            labels = at_condition(self.best, condition).label
+            return any(not self.marks.not_learned(condition, label) for label in labels)
+        unlearned = [condition for condition in self.conditions if not any_learned(condition)]
+        return unlearned if len(unlearned) < len(self.conditions) else []
 
-    def telling(self, rows): # with the columns PLACE
-        "Without those of `idle` places, which no mean difference and no statement about sizes takes into account."
-        return rows.loc[[tuple(place) not in self.idle for place in rows[PLACE].values]]
+    def learnable(self, rows): # with the columns CONDITION
+        "Without those of `unlearned` conditions, which no mean difference and no statement about sizes counts."
+        return rows.loc[[tuple(condition) not in self.unlearned for condition in rows[CONDITION].values]]
 
     @property
-    def telling_places(self) -> list[tuple]: return [place for place in self.places if place not in self.idle]
+    def learnable_conditions(self) -> list[tuple]: return [c for c in self.conditions if c not in self.unlearned]
 
     @cached_property
     def answers(self): return answers(self.table, self.questions, self.examples) if self.questions else None
@@ -168,7 +170,7 @@ class Paper:
     def epochs(self): return epoch_scores(runs_of(self.table, self.best), self.outputs)
 
     @cached_property
-    def usual(self): return usual_claims(self.table)
+    def usual(self): return dev_selected(self.table)
 
     @cached_property
     def budget(self): return budget_curves(self.table)
@@ -179,39 +181,39 @@ class Paper:
         return f"synthetic stand-ins for {titles}" if self.synthetic else titles
 
     def on(self, titles) -> str:
-        "Names of places, or that these are all there are."
+        "Names of conditions, or that these are all there are."
         titles = list(titles)
-        return "every task" if len(titles) == len(self.places) > 1 else listed(titles)
+        return "every task" if len(titles) == len(self.conditions) > 1 else listed(titles)
 
     def unit(self) -> str:
         "What a mean is taken over."
-        return "task" if len(self.tasks) == len(self.places) else "pair of task and encoder"
+        return "task" if len(self.tasks) == len(self.conditions) else "pair of task and encoder"
 
     def rest(self) -> list[str]: return [m for m in self.methods if m not in ("full", "head")]
 
 # %% ../../nbs/report/01_paper.ipynb #29b951e5
 def against(paper:Paper, baseline:str="full") -> pd.DataFrame:
-    "A row a method, of its chosen sizes: `tally` of its places."
+    "A row a method, of its chosen sizes: `outcome_counts` of its conditions."
     full = baseline == "full"
-    every = paper.telling(paper.comparisons if full else compare(paper.table, baseline, paper.examples))
-    best = paper.telling(paper.best)
+    every = paper.learnable(paper.comparisons if full else compare(paper.table, baseline, paper.examples))
+    best = paper.learnable(paper.best)
     runs = {label: runs_of(paper.table, cells) for label, cells in best.groupby("label")}
-    rows = [dict(label=m) | tally(every[every.label == m], runs[m], runs[baseline], paper.examples)
+    rows = [dict(label=m) | outcome_counts(every[every.label == m], runs[m], runs[baseline], paper.examples)
             for m in methods_in(every)]
     columns = ["label", "n", "difference", "known", "below", "above", "open", "low", "high", "p"]
     return pd.DataFrame(rows, columns=columns)
 
-def tally(found, a, b, examples) -> dict: # found: comparisons of `a` with `b`, a row a place
+def outcome_counts(found, a, b, examples) -> dict: # found: comparisons of `a` with `b`, a row a condition
     """Of `n` comparisons the mean `difference` with its interval `low` to `high` and its `p`, and in how many the
     interval is `below` zero, `above`, or `open`. There is one of the mean where all comparisons have the same seeds."""
     known = found[found.p.notna()]   # at least three seeds; of equal scores there is a p, and no interval
     below, above = int((known.high < 0).sum()), int((known.low > 0).sum())
-    mean = paired(*(runs.merge(found[PLACE].drop_duplicates()) for runs in (a, b)), examples)
-    whole = not found.duplicated(PLACE).any() and (found.n == mean["n"]).all()
+    mean = paired(*(runs.merge(found[CONDITION].drop_duplicates()) for runs in (a, b)), examples)
+    whole = not found.duplicated(CONDITION).any() and (found.n == mean["n"]).all()
     return dict(n=len(found), difference=found.difference.mean(), known=len(known), below=below, above=above,
                 open=len(known) - below - above, **{k: mean[k] if whole else math.nan for k in ("low", "high", "p")})
 
-def decided(subject:str, row:dict, other:str, unit:str) -> str: # subject: with its verb; row: of `tally`
+def verdict(subject:str, row:dict, other:str, unit:str) -> str: # subject: with its verb; row: of `outcome_counts`
     "How something compares with something other, and on how many tasks this is more than chance."
     start = capital(f"{subject} {points_from(row['difference'])} {other}")
     if row["n"] == 1:
@@ -230,9 +232,9 @@ def encoder_config(checkpoint:str, n_outputs:int, pooling="model"):
     "The configuration of an encoder, from what is on this machine; None where there is nothing."
     from transformers import AutoConfig, BertConfig
     try:
-        place = checkpoint_path(checkpoint)
+        condition = checkpoint_path(checkpoint)
         if checkpoint == "bert-base-uncased": config = BertConfig(num_labels=n_outputs)   # whose defaults it has
-        else: config = AutoConfig.from_pretrained(place, num_labels=n_outputs, local_files_only=True,
+        else: config = AutoConfig.from_pretrained(condition, num_labels=n_outputs, local_files_only=True,
                                                   trust_remote_code=False)
     except Exception: return None   # whatever is wrong with it, there is no count
     config.pooling = pooling if isinstance(pooling, str) else "model"   # nan in records from before the setting
@@ -280,12 +282,13 @@ def _abstract_of_scores(paper:Paper) -> str:
     found = against(paper)
     found = found[found.label != "head"]
     if found.empty: return "" if "full" in paper.methods else "The study has no full fine-tuning to compare with."
-    best = paper.telling(paper.best)
+    best = paper.learnable(paper.best)
     full = best[best.label == "full"].score
     score = f"{percent(full.mean())}%"
     mean = f"a dev score of {score}"
     if len(full) > 1: mean = f"a mean dev score of {score} over {plural(len(full), paper.unit())}"
-    if paper.idle: mean += f"{'' if len(full) > 1 else ' on the task'} on which any method is shown to have learned"
+    where = "" if len(full) > 1 else " on the task"
+    if paper.unlearned: mean += f"{where} on which any method is shown to have learned"
     def other(row):
         over = f" over {row.n} of them" if row.n < len(full) else ""
         interval = within(row.low, row.high)
@@ -394,7 +397,7 @@ def data_text(paper:Paper) -> str:
 def _synthetic_text(paper:Paper) -> str:
     "How the tasks of the demo are made."
     def about(task, name): return f"- **{capital(name)}** stands in for {get_task(task).title}. {MAKERS[task].__doc__}"
-    made = [about(place[0], name) for place, name in paper.places.items()]
+    made = [about(condition[0], name) for condition, name in paper.conditions.items()]
     return "\n".join([
         "The tasks in @tbl-data are synthetic. Sentences are made from templates and lists of words by a random "
         "generator with a fixed seed. They come in pairs, one of each label, with nearly the same words, so that "
@@ -404,12 +407,12 @@ def _synthetic_text(paper:Paper) -> str:
 def _cut_text(paper:Paper) -> str:
     "Where the study uses less than there is."
     found = []
-    for place, title in paper.places.items():
-        here = at_place(paper.runs, place)
+    for condition, title in paper.conditions.items():
+        here = at_condition(paper.runs, condition)
         if "examples_train" not in here or here.examples_train.isna().all(): continue
         tune = here.examples_tune.fillna(0) if "examples_tune" in here else 0
         used = int((here.examples_train + tune).max())
-        there = DEMO_SIZES["train"] if paper.synthetic else TRAIN_ROWS.get(place[0], used)
+        there = DEMO_SIZES["train"] if paper.synthetic else TRAIN_ROWS.get(condition[0], used)
         if used < .95 * there: found.append(f"{used:,} of {there:,} on {title}")
     if not found: return ""
     return (f"Not all training examples are used ({listed(found)}): they are the first of a shuffle that is the "
@@ -418,14 +421,14 @@ def _cut_text(paper:Paper) -> str:
 # %% ../../nbs/report/01_paper.ipynb #2a03f81b
 def data_table(paper:Paper) -> str:
     known, rows = floors(paper.table, paper.examples), []
-    for place, title in paper.places.items():
-        here, task = at_place(paper.runs, place), get_task(place[0])
+    for condition, title in paper.conditions.items():
+        here, task = at_condition(paper.runs, condition), get_task(condition[0])
         def count(split):
             numbers = here.get(f"examples_{split}", pd.Series(dtype=float)).dropna()
             return " or ".join(f"{n:,.0f}" for n in sorted(set(numbers))) or "—"
         outputs = f"{task.n_outputs} classes"
         if task.regression: outputs = " to ".join(f"{bound:g}" for bound in task.bounds) or "numbers"
-        constant = at_place(known, place).constant.iloc[0]
+        constant = at_condition(known, condition).constant.iloc[0]
         about = [title, task.kind, "pairs" if len(task.columns) == 2 else "sentences", outputs]
         rows.append([*about, count("train"), count("tune"), count("dev"), percent(constant)])
     header = ["task", "judges", "inputs", "answers", "training", "tuning", "dev", "constant, %"]
@@ -534,8 +537,8 @@ def _budget_text(paper:Paper) -> str:
     "What each cell could choose from. Methods compare within a task, so that tasks may differ."
     if len(paper.cells) == 1 and paper.cells.tried.iloc[0] == 1: return ""
     titles = {}   # so many configurations → the tasks whose cells try so many
-    for place, title in paper.places.items():
-        cells = at_place(paper.cells, place)
+    for condition, title in paper.conditions.items():
+        cells = at_condition(paper.cells, condition)
         few, many = (cells.loc[i] for i in (cells.tried.idxmin(), cells.tried.idxmax()))
         if few.tried < many.tried: return _unequal_text(title, few, many) + _unequal_on_purpose(paper)
         titles.setdefault(plural(int(few.tried), "configuration"), []).append(title)
@@ -603,26 +606,27 @@ def _lacking_seeds(paper:Paper) -> str:
     if not paper.two_stages: return ""
     for c in paper.cells.itertuples():
         lacks = final - set(runs_of(paper.table, pd.DataFrame([c])).seed)
-        title = paper.places[c.task_name, c.encoder, c.data_id]
+        title = paper.conditions[c.task_name, c.encoder, c.data_id]
         if lacks: found.append(f"{seeds_in_words(lacks)} of {with_size(c.label, c.size)} on {title}")
     return f"There is no result yet for {'; '.join(found)}." if found else ""
 
 def _waiting(paper:Paper) -> str:
     if not paper.two_stages: return ""
     def cells(runs): return dict.fromkeys(map(tuple, runs[CELL].values))
-    titles = place_names(paper.done)
+    titles = condition_names(paper.done)
     waiting = [c for c in cells(paper.done) if c not in cells(paper.runs)]
     if not waiting: return ""
-    named = listed(f"{with_size(label, size)} on {titles[tuple(place)]}" for *place, label, size in waiting)
+    named = listed(f"{with_size(label, size)} on {titles[tuple(condition)]}" for *condition, label, size in waiting)
     return f"Tuned, not repeated with the final seeds yet, and not in the tables: {named}."
 
 def _former(paper:Paper) -> str:
     left = not_reported(paper.table)
-    former = left[left.stage == "former"]
-    if former.empty: return ""
-    which = listed(f"`{r}`" for r in former.run_id) if len(former) <= 3 else "`former` in @tbl-runs"
-    return (f"{plural(len(former), 'run')} {'is' if len(former) == 1 else 'are'} left out: the configuration is no "
-            f"longer the chosen one, or code of one's own has changed since ({which}).")
+    superseded = left[left.stage == "superseded"]
+    if superseded.empty: return ""
+    which = listed(f"`{r}`" for r in superseded.run_id) if len(superseded) <= 3 else "`superseded` in @tbl-runs"
+    runs = f"{plural(len(superseded), 'run')} {'is' if len(superseded) == 1 else 'are'}"
+    return (f"{runs} left out: the configuration is no longer the chosen one, or code of one's own has "
+            f"changed since ({which}).")
 
 def _threads(paper:Paper) -> str:
     several = different_threads(paper.runs)
@@ -651,8 +655,8 @@ def scores_text(paper:Paper) -> str:
 def _best_text(paper:Paper) -> str:
     if len(paper.methods) < 2: return ""
     tops = {}
-    for place, title in paper.places.items():
-        methods = listed(in_words(m) for m in paper.marks.tops(place))
+    for condition, title in paper.conditions.items():
+        methods = listed(in_words(m) for m in paper.marks.tops(condition))
         tops.setdefault(methods, []).append(title)
     best = listed(f"{methods} on {paper.on(titles)}" for methods, titles in tops.items())
     return f"The best mean score is that of {best}."
@@ -669,14 +673,14 @@ def _learned_text(paper:Paper) -> str:
     if paper.seeds < 3: rule = f"A method counts as having learned where its score is above {floor}."
     all_have = "All have, on every task." if len(paper.best) > 1 else "It has."
     found = {}
-    for place, title in paper.places.items():
-        here = [m for m in paper.methods if m in set(at_place(paper.best, place).label)]
-        idle = [m for m in here if marks.not_learned(place, m)]
-        none = 1 < len(idle) == len(here)
-        which = "no method has" if none else f"{listed(in_words(m) for m in idle)} {_have(idle)} not"
-        if idle: found.setdefault(which, []).append(title)
+    for condition, title in paper.conditions.items():
+        here = [m for m in paper.methods if m in set(at_condition(paper.best, condition).label)]
+        unlearned = [m for m in here if marks.not_learned(condition, m)]
+        none = 1 < len(unlearned) == len(here)
+        which = "no method has" if none else f"{listed(in_words(m) for m in unlearned)} {_have(unlearned)} not"
+        if unlearned: found.setdefault(which, []).append(title)
     where = "; ".join(f"{which} learned on {paper.on(titles)}" for which, titles in found.items())
-    unknown = [title for place, title in paper.places.items() if at_place(marks.learned, place).empty]
+    unknown = [title for condition, title in paper.conditions.items() if at_condition(marks.learned, condition).empty]
     missing = f"Of {listed(unknown)} this is not known: predictions are missing." if unknown else ""
     learn = f"By this rule, {where}." if found else all_have
     return sentences(rule, "" if unknown and not found else learn, missing, _idle_text(paper))
@@ -684,15 +688,15 @@ def _learned_text(paper:Paper) -> str:
 def _have(labels) -> str: return "has" if len(labels) == 1 and be(labels[0]) == "is" else "have"
 
 def _idle_text(paper:Paper) -> str:
-    if not paper.idle: return ""
+    if not paper.unlearned: return ""
     return ("Differences between methods that have not learned say little: their means, and what is said of sizes, are "
-            f"without {listed(paper.places[place] for place in paper.idle)}.")
+            f"without {listed(paper.conditions[condition] for condition in paper.unlearned)}.")
 
 def _probe_text(paper:Paper) -> str:
     ground = floors(paper.table, paper.examples)
-    without = [paper.places[tuple(row)] for row in ground.loc[ground.probe.isna(), PLACE].values]
+    without = [paper.conditions[tuple(row)] for row in ground.loc[ground.probe.isna(), CONDITION].values]
     if not without: return ""
-    where = "" if len(without) == len(paper.places) else f" on {listed(without)}"
+    where = "" if len(without) == len(paper.conditions) else f" on {listed(without)}"
     return f"There is no linear probe{where}."
 
 def _glue_text(paper:Paper) -> str:
@@ -740,8 +744,8 @@ def _asked_before(paper:Paper) -> str:
         margin = f", margin {found.margin:g}" if found.margin else ""
         tasks = listed(get_task(task).title for task in found.tasks)
         return f"{'; '.join(map(_question, found.primary))} (on {tasks}{margin})"
-    former = ", then ".join(map(named, before))
-    return f"**The questions were changed after the first run.** Before, they were: {former}."
+    superseded = ", then ".join(map(named, before))
+    return f"**The questions were changed after the first run.** Before, they were: {superseded}."
 
 # %% ../../nbs/report/01_paper.ipynb #fe535f27
 def primary_lines(paper:Paper) -> str:
@@ -786,7 +790,7 @@ def comparison_text(paper:Paper) -> str:
 
 def _over_tasks(paper:Paper) -> str:
     "Of methods that share several tasks with full fine-tuning."
-    over, compared = compare_over_tasks(paper.telling(paper.table)), paper.telling(paper.comparisons)
+    over, compared = compare_over_tasks(paper.learnable(paper.table)), paper.learnable(paper.comparisons)
     over = over[over.tasks > 1]
     if over.empty: return ""
     def verdict(t):
@@ -830,36 +834,36 @@ def parameters_text(paper:Paper) -> str:
 # %% ../../nbs/report/01_paper.ipynb #1f9d6126
 def difference_to_full(paper:Paper, cell) -> dict|None:
     "`paired` with full fine-tuning on the same task, and its `full` score; None where there is none."
-    here = at_place(paper.cells, tuple(cell[PLACE].iloc[0]))
+    here = at_condition(paper.cells, tuple(cell[CONDITION].iloc[0]))
     full = here[here.label == "full"]
     if full.empty: return None
     found = paired(runs_of(paper.table, cell), runs_of(paper.table, full), paper.examples)
     return found | dict(full=full.score.iloc[0])
 
 # %% ../../nbs/report/01_paper.ipynb #11f87410
-def flattery(paper:Paper) -> str:
+def optimism(paper:Paper) -> str:
     "By how much choosing on dev would have flattered each method."
-    usual = paper.telling(paper.usual)
+    usual = paper.learnable(paper.usual)
     gains = (usual.usual - usual.fair).groupby(usual.label).mean()
     by = listed(f"{number(100 * gains[m])} points for {in_words(m)}" for m in methods_in(usual))
-    n = len(usual[PLACE].drop_duplicates())
+    n = len(usual[CONDITION].drop_duplicates())
     over = f" over {plural(n, paper.unit())}" if n > 1 else ""
     return ("The best dev score of all configurations and epochs of the grid, which is what choosing on dev would "
             f"claim, is higher than the score that is reported: on average{over} by {by}.")
 
-def edges(table, cells, titles:dict # place → its name
-         ) -> dict[str, list[str]]: # name of the place → in words
+def edges(table, cells, titles:dict # condition → its name
+         ) -> dict[str, list[str]]: # name of the condition → in words
     "The cells that chose the lowest or the highest of the learning rates that they tried."
     found = {}
     for i in range(len(cells)):
         cell, c = cells.iloc[[i]], cells.iloc[i]
         if not is_edge(table, cell): continue
         chosen = runs_of(table, cell).lr.iloc[0]
-        found.setdefault(titles[tuple(c[PLACE])], []).append(f"{with_size(c.label, c['size'])} ({rates([chosen])})")
+        found.setdefault(titles[tuple(c[CONDITION])], []).append(f"{with_size(c.label, c['size'])} ({rates([chosen])})")
     return found
 
 def is_edge(table, cell) -> bool: # a row of `cell_means`
-    here = at_place(done(table), tuple(cell[PLACE].iloc[0]))
+    here = at_condition(done(table), tuple(cell[CONDITION].iloc[0]))
     tried = here.lr[(here.label == cell.label.iloc[0]) & (here["size"] == cell["size"].iloc[0])]
     return tried.nunique() > 1 and not tried.min() < runs_of(table, cell).lr.iloc[0] < tried.max()
 
@@ -878,10 +882,10 @@ def tuning_text(paper:Paper) -> str:
                  "cannot be measured.")
     else:
         usual = ("@tbl-usual shows what the usual way, choosing configuration and epoch on dev, would have claimed "
-                 f"from the runs that tune, beside what is reported. {flattery(paper)}")
+                 f"from the runs that tune, beside what is reported. {optimism(paper)}")
     drawn = ("@fig-tuning shows the expected dev score of the best of a number of tried configurations, by the "
              "unbiased estimate of @tang2020showing; @dodge2019show introduced such curves.") if several else ""
-    return sentences(usual, drawn, at_the_edge(edges(paper.table, paper.cells, paper.places)))
+    return sentences(usual, drawn, at_the_edge(edges(paper.table, paper.cells, paper.conditions)))
 
 def has_costs(paper:Paper) -> bool: return "cost_train_seconds" in paper.runs
 
@@ -897,8 +901,8 @@ def cost_text(paper:Paper) -> str:
             "have no comparable timings; the command `peft-study bench` measures speed under equal conditions.")
 
 def cost_is_drawn(paper:Paper) -> bool:
-    best = paper.telling(paper.best)
-    labels = best.groupby(PLACE).label.nunique()
+    best = paper.learnable(paper.best)
+    labels = best.groupby(CONDITION).label.nunique()
     return has_costs(paper) and len(paper.methods) > 1 and bool((labels == best.label.nunique()).any())
 
 def chosen_runs(paper:Paper): return runs_of(paper.table, paper.best)
@@ -970,10 +974,10 @@ def official_verdict(paper:Paper) -> str:
     several = found.low.notna().sum() > 1
     return sentences(text, f"No interval goes beyond {number(100 * reach)} points from zero." if several else "")
 
-def _tally_of_pairs(paper:Paper, name:str, rows) -> dict:
+def _outcomes_of_pairs(paper:Paper, name:str, rows) -> dict:
     runs = _with_other(paper, name)
     sides = [runs[runs.run_id.isin(rows[side].explode())] for side in ("first_runs", "second_runs")]
-    return tally(rows, *sides, paper.examples)
+    return outcome_counts(rows, *sides, paper.examples)
 
 def _verdict(paper:Paper, name:str, groups:list[tuple], other:str) -> str: # groups: (subject and verb, their pairs)
     found = paired_runs(paper, name)
@@ -982,7 +986,7 @@ def _verdict(paper:Paper, name:str, groups:list[tuple], other:str) -> str: # gro
     if found.lr.nunique() == 1: where += f" at a learning rate of {rates(found.lr)}"
     groups = [(f"{where}, {groups[0][0]}", groups[0][1]), *groups[1:]]
     unit = "task" if all(rows.task_name.is_unique for _, rows in groups) else "comparison"
-    each = [decided(subject, _tally_of_pairs(paper, name, rows), other, unit) for subject, rows in groups]
+    each = [verdict(subject, _outcomes_of_pairs(paper, name, rows), other, unit) for subject, rows in groups]
     return sentences(*each)
 
 def init_text(paper:Paper) -> str:
@@ -1006,7 +1010,7 @@ def with_others(paper:Paper) -> pd.DataFrame:
     both = _with_other(paper, "small" if paper.study == "methods" else "methods")
     own = pd.MultiIndex.from_frame(paper.done[CELL])   # a cell of both studies is this one's
     both = both[(both.study == paper.study) | ~pd.MultiIndex.from_frame(both[CELL]).isin(own)]
-    protocol = [*PLACE, *(c for c in RunConfig.model_fields if c in both and c not in _NO_PROTOCOL)]
+    protocol = [*CONDITION, *(c for c in RunConfig.model_fields if c in both and c not in _NO_PROTOCOL)]
     protocols = pd.Series(map(tuple, both[protocol].fillna("").astype(str).values), both.index)
     def of(runs): return set(protocols[runs.index])
     shown = reported(both)
@@ -1020,8 +1024,8 @@ def other_methods(paper:Paper) -> pd.DataFrame:
     the `parameters`, those but pooler and head are its `own`."""
     both, rows = with_others(paper), []
     cells = ordered_cells(cell_means(both, paper.examples))
-    for place in place_names(reported(both)):
-        here = at_place(cells, place)
+    for condition in condition_names(reported(both)):
+        here = at_condition(cells, condition)
         for i in range(len(here)):
             cell, c = here.iloc[[i]], here.iloc[i]
             runs = runs_of(both, cell)
@@ -1047,13 +1051,13 @@ def _sides_of(cell, here): # a row, and all rows of its place
 def others_figure(paper:Paper):
     if other_methods(paper).empty: return None
     both = with_others(paper)
-    return differences_figure(both, paper.examples, over=place_names(paper.telling(reported(both))))
+    return differences_figure(both, paper.examples, over=condition_names(paper.learnable(reported(both))))
 
 def others_table(paper:Paper) -> str: return against_table(with_others(paper), other_methods(paper), paper.trace)
 
 def others_verdict(paper:Paper, in_numbers:bool=True) -> str:
     "How the other methods compare, to full fine-tuning `in_numbers` or by name; empty where there is nothing."
-    found = paper.telling(other_methods(paper))
+    found = paper.learnable(other_methods(paper))
     if found.empty: return ""
     sides = [(rows.iloc[0], _tally_of_other(paper, rows), _titles_of(paper, rows))
              for _, rows in found.groupby(_PAIR, sort=False)]
@@ -1065,15 +1069,15 @@ def others_verdict(paper:Paper, in_numbers:bool=True) -> str:
                      _others_learned(paper))
 
 def _titles_of(paper:Paper, rows) -> str:
-    titles = place_names(reported(with_others(paper)))
-    return listed(title for place, title in titles.items() if len(at_place(rows, place)))
+    titles = condition_names(reported(with_others(paper)))
+    return listed(title for condition, title in titles.items() if len(at_condition(rows, condition)))
 
 def _tally_of_other(paper:Paper, rows) -> dict: # rows: of `other_methods`, of one method against one other
-    first, runs = rows.iloc[0], paper.telling(reported(with_others(paper)))
+    first, runs = rows.iloc[0], paper.learnable(reported(with_others(paper)))
     def of(label, size): return runs[(runs.label == label) & (runs["size"] == size)]
-    return tally(rows, of(first.label, first["size"]), of(first.against, first.against_size), paper.examples)
+    return outcome_counts(rows, of(first.label, first["size"]), of(first.against, first.against_size), paper.examples)
 
-def _sides_text(sides:list[tuple], other:str) -> str: # sides: (a comparison, the `tally` of all on its tasks, these)
+def _sides_text(sides:list[tuple], other:str) -> str: # (a comparison, `outcome_counts` of all on its tasks, these)
     if not sides: return ""
     by_tasks = {}
     for first, row, titles in sides:
@@ -1107,18 +1111,18 @@ def _houlsby_text(sides:list[tuple]) -> str:
 def _others_learned(paper:Paper) -> str:
     "Which of the other methods are above the linear probe and the constant prediction."
     both, found = with_others(paper), other_methods(paper)
-    marks, idle = Marks(both, paper.examples), {}
+    marks, unlearned = Marks(both, paper.examples), {}
     if marks.learned.empty: return ""
-    for place, title in place_names(reported(both)).items():
-        for label in methods_in(at_place(found, place)):
-            if marks.not_learned(place, label): idle.setdefault(title, []).append(in_words(label))
-    where = "; ".join(f"{listed(labels)} on {title}" for title, labels in idle.items())
+    for condition, title in condition_names(reported(both)).items():
+        for label in methods_in(at_condition(found, condition)):
+            if marks.not_learned(condition, label): unlearned.setdefault(title, []).append(in_words(label))
+    where = "; ".join(f"{listed(labels)} on {title}" for title, labels in unlearned.items())
     return f"Not shown to have learned: {where}." if where else "All are shown to have learned."
 
 def _others_edges(paper:Paper) -> dict:
     "`edges` of the other methods."
     both = with_others(paper)
-    return edges(both, cell_means(both[both.study == "methods"]), place_names(reported(both)))
+    return edges(both, cell_means(both[both.study == "methods"]), condition_names(reported(both)))
 
 def others_text(paper:Paper) -> str:
     verdict = others_verdict(paper)
@@ -1173,13 +1177,13 @@ def scaling_figure(paper:Paper):
     known = dict(mnli=published("seed_mnli_scaling.csv")) if "mnli" in paper.tasks and not paper.synthetic else None
     return score_vs_parameters(paper.table, published=known, examples=paper.examples)
 
-def relative_figure(paper:Paper): return relative_to_full(paper.telling(paper.table))
+def relative_figure(paper:Paper): return relative_to_full(paper.learnable(paper.table))
 
 def tuning_figure(paper:Paper): return expected_best_figure(paper.table)
 
-def cost_figure(paper:Paper): return cost_vs_score(paper.telling(paper.table))
+def cost_figure(paper:Paper): return cost_vs_score(paper.learnable(paper.table))
 
-def curves_figure(paper:Paper): return curves_by_place(paper.epochs) if curves_text(paper) else None
+def curves_figure(paper:Paper): return curves_by_condition(paper.epochs) if curves_text(paper) else None
 
 # %% ../../nbs/report/01_paper.ipynb #03c842dc
 def about_encoder(paper:Paper) -> str:
@@ -1190,19 +1194,20 @@ def about_encoder(paper:Paper) -> str:
             "MultiNLI and QQP: similarity and paraphrase (STS-B, MRPC) are close to what it was trained for. Its "
             "pooler was not part of that training." + _untrained_text(paper))
 
-def untrained(paper:Paper) -> dict: # place → score
+def untrained(paper:Paper) -> dict: # condition → score
     "Of the cosine of mean-pooled embeddings of the checkpoint as it comes, on dev, where it was measured."
     known = published("untrained.csv").set_index(["checkpoint", "task_name"])[["pearson", "spearman"]].mean(axis=1)
-    runs = paper.runs[paper.runs.data != "demo"].drop_duplicates(PLACE)
-    return {tuple(run[PLACE]): known[run.checkpoint, run.task_name] for _, run in runs.iterrows()
+    runs = paper.runs[paper.runs.data != "demo"].drop_duplicates(CONDITION)
+    return {tuple(run[CONDITION]): known[run.checkpoint, run.task_name] for _, run in runs.iterrows()
             if (run.checkpoint, run.task_name) in known}
 
 def _untrained_text(paper:Paper) -> str:
     text, others = "", with_others(paper)
     cells = [paper.cells] + ([cell_means(others, paper.examples)] if len(others) else [])
-    for place, cosine in untrained(paper).items():
-        above = at_place(pd.concat(cells), place).low > cosine
-        title, no_method = paper.places[place], "" if above.any() else ", which no method exceeds by its interval"
+    for condition, cosine in untrained(paper).items():
+        above = at_condition(pd.concat(cells), condition).low > cosine
+        title = paper.conditions[condition]
+        no_method = "" if above.any() else ", which no method exceeds by its interval"
         text += (f" With nothing trained, the cosine of its mean-pooled embeddings scores {percent(cosine)} on {title}"
                  f"{no_method}.")
     return text
@@ -1216,11 +1221,11 @@ def about_phrases(paper:Paper) -> str:
 
 def about_budget(paper:Paper) -> str:
     "Whether more epochs might have changed something."
-    runs = paper.telling(paper.runs[paper.runs.label != "head"])
+    runs = paper.learnable(paper.runs[paper.runs.label != "head"])
     if runs.empty or "dev_best_epoch" not in runs or paper.runs.n_epochs.nunique() > 1 or paper.synthetic: return ""
     last = int((runs.dev_best_epoch == runs.n_epochs).sum())
     if 2 * last < len(runs): return ""
-    learned = " on tasks that are learned" if paper.idle else ""
+    learned = " on tasks that are learned" if paper.unlearned else ""
     return (f"All methods train for {plural(int(runs.n_epochs.iloc[0]), 'epoch')}. In {last} of "
             f"{plural(len(runs), 'run')}{learned}, the last one is the best on dev: more might change scores and their "
             "order.")
@@ -1228,10 +1233,10 @@ def about_budget(paper:Paper) -> str:
 def about_choice(paper:Paper) -> str:
     "What intervals leave out, and which method had more to choose from."
     if paper.best.tried.max() == 1: return ""
-    rows = [at_place(paper.best, place) for place in paper.places]
+    rows = [at_condition(paper.best, condition) for condition in paper.conditions]
     few, many = max(((r.loc[r.tried.idxmin()], r.loc[r.tried.idxmax()]) for r in rows),
                     key=lambda pair: pair[1].tried / pair[0].tried)
-    unequal = (f"On {paper.places[tuple(few[PLACE])]}, {in_words(many.label)} chose from {many.tried:.0f} "
+    unequal = (f"On {paper.conditions[tuple(few[CONDITION])]}, {in_words(many.label)} chose from {many.tried:.0f} "
                f"configurations, sizes included, and {in_words(few.label)} from {few.tried:.0f}.")
     if few.tried == many.tried: unequal = ""
     chosen = "Intervals are of what was chosen: they lack the chance of the choice, and that of the training data."
@@ -1240,7 +1245,7 @@ def about_choice(paper:Paper) -> str:
 def limits(paper:Paper) -> str:
     "Markdown, a list."
     seeds = plural(paper.seeds, "seed")
-    unequal = any(at_place(paper.best, place).tried.nunique() > 1 for place in paper.places)
+    unequal = any(at_condition(paper.best, condition).tried.nunique() > 1 for condition in paper.conditions)
     checks = [
         (paper.synthetic, "The data are synthetic and made from a seed. They test that methods learn; they do not "
                           "rank methods."),
@@ -1308,7 +1313,7 @@ def _how_close(paper:Paper) -> str:
 
 def _against(row:dict, baseline:str, unit:str) -> str: # row: of `against`
     label = row["label"]
-    return decided(f"{in_words(label)} {be(label)}", row, in_words(baseline), unit)
+    return verdict(f"{in_words(label)} {be(label)}", row, in_words(baseline), unit)
 
 def _each_other(paper:Paper) -> list[tuple]: # (row of `against`, other method)
     "How the methods with few parameters compare, where they are two or three."
@@ -1318,7 +1323,7 @@ def _each_other(paper:Paper) -> list[tuple]: # (row of `against`, other method)
             if row["label"] in few[:i]]
 
 def _how_many(paper:Paper) -> str:
-    compared = paper.telling(paper.comparisons)
+    compared = paper.learnable(paper.comparisons)
     probe = compared[compared.label == "head"].difference
     lacking = "full fine-tuning" if paper.comparisons.empty else "three seeds"
     known = paper.seeds >= 3 and not paper.comparisons.empty
@@ -1334,21 +1339,21 @@ def _how_many(paper:Paper) -> str:
 def _by_size(paper:Paper, label:str) -> str:
     "What the largest size of a method brings over its smallest, where it has several: in pairs of one seed."
     found = {}
-    cells = paper.telling(paper.cells)
-    for place in paper.places:
-        here = at_place(cells, place)
+    cells = paper.learnable(paper.cells)
+    for condition in paper.conditions:
+        here = at_condition(cells, condition)
         here = here[here.label == label].sort_values("parameters")
         if len(here) < 2: continue
         large, small = (runs_of(paper.table, here.iloc[[i]]) for i in (-1, 0))
-        gain = dict(zip(PLACE, place)) | paired(large, small, paper.examples)
+        gain = dict(zip(CONDITION, condition)) | paired(large, small, paper.examples)
         sizes = here["size"].iloc[-1], here["size"].iloc[0]
         if gain["n"]: found.setdefault(sizes, []).append((gain, large, small))
     return sentences(*(_gain_text(paper, label, *sizes, gains) for sizes, gains in found.items()))
 
 def _gain_text(paper:Paper, label, large, small, gains) -> str:
     rows, *sides = zip(*gains)
-    row = tally(pd.DataFrame(rows), *map(pd.concat, sides), paper.examples)
-    return decided(f"{with_size(label, large)} {be(label)}", row, shown_size(small), paper.unit())
+    row = outcome_counts(pd.DataFrame(rows), *map(pd.concat, sides), paper.examples)
+    return verdict(f"{with_size(label, large)} {be(label)}", row, shown_size(small), paper.unit())
 
 def _at_what_cost(paper:Paper) -> str:
     if not has_costs(paper): return "The runs do not say."
@@ -1371,8 +1376,8 @@ def short_table(paper:Paper) -> str:
     and below it the difference to full, whose mean has a column. Bold is the chosen one of several sizes; † is at the
     edge of the learning rates."""
     cells, chosen, runs = {}, set(paper.best.configuration), {}
-    for place in paper.places:
-        here = at_place(paper.cells, place)
+    for condition in paper.conditions:
+        here = at_condition(paper.cells, condition)
         for i in range(len(here)):
             cell, c = here.iloc[[i]], here.iloc[i]
             score = f"{percent(c.score)}{half_width(c.low, c.high)}{_edge_mark(paper.table, cell)}"
@@ -1380,38 +1385,39 @@ def short_table(paper:Paper) -> str:
             row = cells.setdefault((c.label, c["size"]), dict(parameters=c.parameters))
             runs.setdefault((c.label, c["size"]), []).append(runs_of(paper.table, cell))
             difference = _against_full(paper, cell)
-            row[place] = f"{score}<br>{difference}" if difference else score
+            row[condition] = f"{score}<br>{difference}" if difference else score
     others, both = other_methods(paper), with_others(paper)
     means = cell_means(both)
     for o in others[others.against == "full"].to_dict("records"):
-        place = tuple(o[p] for p in PLACE)
+        condition = tuple(o[p] for p in CONDITION)
         cell = means[(means[CELL] == [o[c] for c in CELL]).all(axis=1)]
         edge = _edge_mark(both, cell)
         runs.setdefault((o["label"], o["size"]), []).append(runs_of(both, cell))
         row = cells.setdefault((o["label"], o["size"]), dict(parameters=o["parameters"]))
-        row[place] = f"{percent(o['score'])}{o['half']}{edge}<br>{with_interval(o['difference'], o['low'], o['high'])}"
+        difference = with_interval(o["difference"], o["low"], o["high"])
+        row[condition] = f"{percent(o['score'])}{o['half']}{edge}<br>{difference}"
     mean = {which: _mean_to_full(paper, pd.concat(each)) for which, each in runs.items()}
     several = any(mean.values())   # else there is no column of means
     constants, cosine = floors(paper.table, paper.examples), untrained(paper)
-    scores = [percent(at_place(constants, place).constant.iloc[0]) for place in paper.places]
+    scores = [percent(at_condition(constants, condition).constant.iloc[0]) for condition in paper.conditions]
     rows = [["a constant prediction", "", *[""] * several, *scores]]
-    scores = [percent(cosine[place]) if place in cosine else "—" for place in paper.places]
+    scores = [percent(cosine[condition]) if condition in cosine else "—" for condition in paper.conditions]
     if cosine: rows.append(["cosine of the checkpoint's embeddings", "0", *[""] * several, *scores])
     rank = methods_in(pd.DataFrame(list(cells), columns=["label", "size"])).index
     for (label, size), row in sorted(cells.items(), key=lambda cell: rank(cell[0][0])):
-        scores = [row.get(place, "—") for place in paper.places]
+        scores = [row.get(condition, "—") for condition in paper.conditions]
         name = [capital(with_size(label, size)), f"{row['parameters']:,}"]
         rows.append([*name, *[mean[label, size]] * several, *scores])
-    header = ["", "trainable parameters", *[f"mean difference, {len(paper.telling_places)} tasks"] * several]
-    header += [f"{title} ({shown_metrics(place[0])})" for place, title in paper.places.items()]
+    header = ["", "trainable parameters", *[f"mean difference, {len(paper.learnable_conditions)} tasks"] * several]
+    header += [f"{title} ({shown_metrics(condition[0])})" for condition, title in paper.conditions.items()]
     return markdown_table(header, rows)
 
 def _mean_to_full(paper:Paper, runs) -> str: # of one method and size
     "The mean difference to full over the tasks that are learned; empty where it lacks one of several."
-    full, here = paper.telling(paper.runs[paper.runs.label == "full"]), paper.telling(runs)
-    places = paper.telling_places
-    if len(places) < 2 or here.label.eq("full").any(): return ""
-    if any(at_place(side, place).empty for side in (here, full) for place in places): return ""
+    full, here = paper.learnable(paper.runs[paper.runs.label == "full"]), paper.learnable(runs)
+    conditions = paper.learnable_conditions
+    if len(conditions) < 2 or here.label.eq("full").any(): return ""
+    if any(at_condition(side, condition).empty for side in (here, full) for condition in conditions): return ""
     found = paired(here, full, paper.examples)
     return with_interval(found["difference"], found["low"], found["high"]) if found["n"] else ""
 
@@ -1422,12 +1428,12 @@ def _about_table(paper:Paper, table:str) -> str:
     scores = "Scores are in percent, of several metrics their mean"
     intervals = "; intervals (95%) are over seeds and dev examples" if paper.seeds >= 3 else ""
     below = "Below each score is its difference to full fine-tuning, in points." if len(paper.comparisons) else ""
-    tasks = listed(map(paper.places.get, paper.telling_places))
+    tasks = listed(map(paper.conditions.get, paper.learnable_conditions))
     if "mean difference" in table: below += f" Their mean is over {tasks}."
     bold = "Bold is the one of several sizes that is chosen." if "**" in table else ""
     edge = ("† is a score at the lowest or the highest learning rate that was tried, so that another might be "
             "better.") if "†" in table else ""
-    common = [common_parameters(run) for _, run in paper.runs.drop_duplicates(PLACE).iterrows()]
+    common = [common_parameters(run) for _, run in paper.runs.drop_duplicates(CONDITION).iterrows()]
     what = "pooler and head" if paper.runs.train_pooler.eq(True).all() else "the head"
     shared = f"Every count has the {max(common):,} parameters of {what}, which all methods train."
     if any(n != n for n in common): shared = ""
@@ -1466,7 +1472,7 @@ def in_short(paper:Paper) -> str:
                f"- **How many parameters?** {_how_many(paper)}"]
     if has_costs(paper): answers.append(f"- **At what cost?** {_at_what_cost(paper)}")
     if text := others_verdict(paper, in_numbers=False): answers.append(f"- **Other methods?** {text}")
-    if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {flattery(paper)}")
+    if not paper.usual.empty: answers.append(f"- **What if dev had chosen?** {optimism(paper)}")
     if text := init_verdict(paper): answers.append(f"- **Must adapters start near the identity?** {text}")
     if text := official_verdict(paper): answers.append(f"- **As the official implementations?** {text}")
     if limit := _limits_in_short(paper): answers.append(f"- **Limits.** {limit}")

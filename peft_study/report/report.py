@@ -6,11 +6,11 @@
 __all__ = ['PAGE', 'SIGNS', 'QUARTO_SECONDS', 'STYLE', 'INSTALL', 'Trace', 'anchor', 'markdown_table', 'as_it_is', 'unbroken',
            'references', 'cited', 'percent', 'points', 'half_width', 'Marks', 'cell_names', 'main_table',
            'ordered_cells', 'size_table', 'cost_table', 'p_text', 'interval_text', 'test_table', 'pair_table',
-           'against_table', 'primary_table', 'usual_table', 'save_trace', 'trace_cell', 'without_empty_captions',
+           'against_table', 'primary_table', 'dev_selected_table', 'save_trace', 'trace_cell', 'without_empty_captions',
            'without_empty_sections', 'is_synthetic', 'subtitle', 'with_front_matter', 'execute_report', 'whole_words',
            'with_whole_words', 'faults_of_page', 'faults_of_notebook', 'pieces_of', 'faults_of_pdf', 'check',
            'quarto_program', 'render_with_quarto', 'options', 'as_markdown', 'walk', 'numbered', 'render_with_pandoc',
-           'report']
+           'render', 'report']
 
 # %% ../../nbs/report/00_report.ipynb #26f663cf
 import html, json, os, re, shutil, subprocess, sys
@@ -31,9 +31,9 @@ from ..files import read_json, read_text, root
 from ..tasks.glue import BadInput, get_task
 from ..methods.core import one_line
 from ..run.kernels import execute_notebook
-from ..results.plots import at_place, number, place_names, shown_method, shown_metrics, shown_size
-from ..results.table import (PLACE, DevExamples, best_sizes, cell_means, compare, done, floors, learned,
-                                      load_runs, methods_in, paired, reported, runs_of, studies, usual_claims)
+from ..results.plots import at_condition, number, condition_names, shown_method, shown_metrics, shown_size
+from ..results.table import (CONDITION, DevExamples, best_sizes, cell_means, compare, done, floors, learned,
+                                      load_runs, methods_in, paired, reported, runs_of, studies, dev_selected)
 from ..run.runs import read_config, write_atomic, write_json
 
 # %% ../../nbs/report/00_report.ipynb #92fd9fda
@@ -95,37 +95,38 @@ def _metrics(task, runs) -> str:
 def half_width(low, high) -> str: return "" if low != low else f" ± {percent((high - low) / 2)}"
 
 class Marks:
-    "What the marks of a main table say: `ties` with the best of a place, and methods not shown to have learned."
+    "What the marks of a main table say: `ties` with the best of a condition, and methods not shown to have learned."
     def __init__(self, table, examples:DevExamples):
         self.best, self.learned = best_sizes(table, examples), learned(table, examples)
         self.ties = set()
-        for place, cells in self.best.groupby(PLACE, sort=False):
+        for condition, cells in self.best.groupby(CONDITION, sort=False):
             top = cells.loc[[cells.score.idxmax()]]
             for label in set(cells.label) - set(top.label):
                 found = paired(runs_of(table, top), runs_of(table, cells[cells.label == label]), examples)
-                if found["low"] <= 0: self.ties.add((*place, label))
+                if found["low"] <= 0: self.ties.add((*condition, label))
 
-    def tops(self, place) -> list[str]:
+    def tops(self, condition) -> list[str]:
         "The methods with the best score."
-        cells = ordered_cells(at_place(self.best, place))
+        cells = ordered_cells(at_condition(self.best, condition))
         return cells.label[cells.score > cells.score.max() - 1e-9].tolist()
 
-    def not_learned(self, place, label) -> bool:
-        rows = at_place(self.learned, place)
+    def not_learned(self, condition, label) -> bool:
+        rows = at_condition(self.learned, condition)
         return not rows.learned[rows.label == label].all()
 
-    def of(self, place, label) -> str:
-        marks = ["†"] * ((*place, label) in self.ties) + ["‡"] * self.not_learned(place, label)
+    def of(self, condition, label) -> str:
+        marks = ["†"] * ((*condition, label) in self.ties) + ["‡"] * self.not_learned(condition, label)
         return "".join(marks)
 
 # %% ../../nbs/report/00_report.ipynb #ddd95250
 def cell_names(table):
     "A function that names a cell as `trace` takes it: `mrpc/lora`, with encoder and data where a task has several."
-    places = table[PLACE].drop_duplicates()
-    several = {task: [p for p in PLACE[1:] if group[p].nunique() > 1] for task, group in places.groupby("task_name")}
-    def name(place, *words):
-        where = dict(zip(PLACE, place))
-        return "/".join([place[0], *(where[p] for p in several[place[0]]), *words])
+    conditions = table[CONDITION].drop_duplicates()
+    groups = conditions.groupby("task_name")
+    several = {task: [p for p in CONDITION[1:] if group[p].nunique() > 1] for task, group in groups}
+    def name(condition, *words):
+        where = dict(zip(CONDITION, condition))
+        return "/".join([condition[0], *(where[p] for p in several[condition[0]]), *words])
     return name
 
 def main_table(table, trace:Trace, examples:DevExamples, name:str="tbl-main") -> str:
@@ -134,16 +135,17 @@ def main_table(table, trace:Trace, examples:DevExamples, name:str="tbl-main") ->
     named, methods = cell_names(shown), methods_in(shown)
     if "head" not in methods: methods.append("head")
     ground, rows = floors(table, examples), []
-    def written(place, label):
-        cell = marks.best[(marks.best[PLACE] == list(place)).all(axis=1) & (marks.best.label == label)]
+    def written(condition, label):
+        cell = marks.best[(marks.best[CONDITION] == list(condition)).all(axis=1) & (marks.best.label == label)]
         if cell.empty: return "—"
         runs = runs_of(table, cell)
-        text = _metrics(place[0], runs) + half_width(cell.low.iloc[0], cell.high.iloc[0]) + marks.of(place, label)
-        if label in marks.tops(place) and len(at_place(marks.best, place)) > 1: text = f"**{text}**"
-        return trace.cell(name, named(place, label), text, runs)
-    for place, title in place_names(shown).items():
-        constant = at_place(ground, place).constant.iloc[0]
-        rows.append([title, shown_metrics(place[0]), *(written(place, m) for m in methods), percent(constant)])
+        half = half_width(cell.low.iloc[0], cell.high.iloc[0])
+        text = _metrics(condition[0], runs) + half + marks.of(condition, label)
+        if label in marks.tops(condition) and len(at_condition(marks.best, condition)) > 1: text = f"**{text}**"
+        return trace.cell(name, named(condition, label), text, runs)
+    for condition, title in condition_names(shown).items():
+        constant = at_condition(ground, condition).constant.iloc[0]
+        rows.append([title, shown_metrics(condition[0]), *(written(condition, m) for m in methods), percent(constant)])
     header = ["task", "metric", *map(shown_method, methods), "constant"]
     if len(methods) <= 7: return markdown_table(header, rows, right=2)
     header, *rows = zip(header, *rows)   # many methods: a row each, since a page is not wide enough for a column each
@@ -160,10 +162,10 @@ def size_table(table, trace:Trace, examples:DevExamples, name:str="tbl-sizes") -
     cells, rows = ordered_cells(cell_means(table, examples)), []
     shown = reported(table)
     named = cell_names(shown)
-    for place, title in place_names(shown).items():
-        for c in at_place(cells, place).itertuples():
+    for condition, title in condition_names(shown).items():
+        for c in at_condition(cells, condition).itertuples():
             runs = runs_of(table, pd.DataFrame([c]))
-            score = trace.cell(name, named(place, c.label, c.size), percent(c.score), runs)
+            score = trace.cell(name, named(condition, c.label, c.size), percent(c.score), runs)
             rows.append([title, shown_method(c.label), shown_size(c.size), f"{c.parameters:,}", score, percent(c.std),
                          interval_text(c.low, c.high, percent), c.n, c.tried])
     header = ["task", "method", "size", "parameters", "score", "std", "95% interval", "seeds", "tried"]
@@ -175,10 +177,10 @@ def cost_table(table, trace:Trace, name:str="tbl-cost") -> str:
     best, rows = ordered_cells(best_sizes(table)), []
     shown = reported(table)
     named = cell_names(shown)
-    for place, title in place_names(shown).items():
-        for c in at_place(best, place).itertuples():
+    for condition, title in condition_names(shown).items():
+        for c in at_condition(best, condition).itertuples():
             runs = runs_of(table, pd.DataFrame([c]))
-            seconds = trace.cell(name, named(place, c.label), f"{runs.cost_train_seconds.mean():.0f}", runs)
+            seconds = trace.cell(name, named(condition, c.label), f"{runs.cost_train_seconds.mean():.0f}", runs)
             memory, saved = runs.cost_peak_memory_bytes.mean() / 1e9, runs.cost_adapter_bytes.mean() / 1e6
             speed = runs.cost_examples_per_second.mean()
             rows.append([title, shown_method(c.label), shown_size(c.size), seconds, f"{speed:.0f}", f"{memory:.2f}",
@@ -196,13 +198,13 @@ def interval_text(low, high, written=points) -> str:
 
 def test_table(table, trace:Trace, examples:DevExamples, name:str="tbl-tests") -> str:
     "Markdown; empty where there is nothing to compare."
-    best, titles, named, rows = best_sizes(table), place_names(reported(table)), cell_names(reported(table)), []
+    best, titles, named, rows = best_sizes(table), condition_names(reported(table)), cell_names(reported(table)), []
     found = compare(table, examples=examples)
-    for place, title in titles.items():
-        here = at_place(best, place)
-        for t in at_place(found, place).itertuples():
+    for condition, title in titles.items():
+        here = at_condition(best, condition)
+        for t in at_condition(found, condition).itertuples():
             runs = runs_of(table, here[here.label.isin([t.label, "full"])])
-            difference = trace.cell(name, named(place, t.label), points(t.difference), runs)
+            difference = trace.cell(name, named(condition, t.label), points(t.difference), runs)
             rows.append([title, shown_method(t.label), difference, interval_text(t.low, t.high), t.n, p_text(t.p)])
     header = ["task", "method", "difference", "95% interval", "seeds", "p"]
     return markdown_table(header, rows, right=2) if rows else ""
@@ -210,15 +212,15 @@ def test_table(table, trace:Trace, examples:DevExamples, name:str="tbl-tests") -
 def pair_table(table, found, trace:Trace, name:str) -> str: # found: of `compare_pairs`
     "Markdown; empty where there are no pairs. Names are those that the paired runs need, whatever else is in `table`."
     table = table[table.run_id.isin([*found.first_runs.explode(), *found.second_runs.explode()])]
-    named, titles, rows = cell_names(table), place_names(table), []
+    named, titles, rows = cell_names(table), condition_names(table), []
     for f in found.to_dict("records"):
-        place, scores = tuple(f[p] for p in PLACE), []
+        condition, scores = tuple(f[p] for p in CONDITION), []
         for side in ("first", "second"):
             runs = table[table.run_id.isin(f[side + "_runs"])]
-            cell = named(place, f["size"], f"{f['lr']:g}", str(f[side]))
+            cell = named(condition, f["size"], f"{f['lr']:g}", str(f[side]))
             scores.append(trace.cell(name, cell, percent(runs.score.mean()), runs))
         sides = f"{shown_method(str(f['first']))}, {shown_method(str(f['second']))}"
-        rows.append([titles[place], sides, shown_size(f["size"]), f"{f['lr']:g}", *scores, points(f["difference"]),
+        rows.append([titles[condition], sides, shown_size(f["size"]), f"{f['lr']:g}", *scores, points(f["difference"]),
                      interval_text(f["low"], f["high"]), f["n"], p_text(f["p"])])
     header = ["task", "first, second", "size", "lr", "first", "second", "difference", "95% interval", "seeds", "p"]
     return markdown_table(header, rows, right=3) if rows else ""
@@ -226,14 +228,14 @@ def pair_table(table, found, trace:Trace, name:str) -> str: # found: of `compare
 def against_table(table, found, trace:Trace, name:str="tbl-others") -> str: # found: of `paper.other_methods`
     "Markdown; empty where there is nothing to compare."
     shown, rows = reported(table), []
-    named, titles = cell_names(shown), place_names(shown)
+    named, titles = cell_names(shown), condition_names(shown)
     def of(label, size): return shown_method(label) + (f", {shown_size(size)}" if size != "all" else "")
     for f in found.to_dict("records"):
-        place, method = tuple(f[p] for p in PLACE), of(f["label"], f["size"])
-        runs = at_place(shown, place)
+        condition, method = tuple(f[p] for p in CONDITION), of(f["label"], f["size"])
+        runs = at_condition(shown, condition)
         runs = runs[(runs.label == f["label"]) & (runs["size"] == f["size"])]
-        score = trace.cell(name, named(place, f["label"], f["size"]), percent(runs.score.mean()), runs)
-        rows.append([titles[place], method, f"{f['parameters']:,}", score, of(f["against"], f["against_size"]),
+        score = trace.cell(name, named(condition, f["label"], f["size"]), percent(runs.score.mean()), runs)
+        rows.append([titles[condition], method, f"{f['parameters']:,}", score, of(f["against"], f["against_size"]),
                      f"{f['against_parameters']:,}", points(f["difference"]), interval_text(f["low"], f["high"])])
     header = ["task", "method", "parameters", "score", "against", "its parameters", "difference", "95% interval"]
     return markdown_table(header, rows, right=2) if rows else ""
@@ -251,19 +253,19 @@ def primary_table(found, margin:float|None, name) -> str: # found: of `answers`;
     if margin is None: return markdown_table(header, [row[:-1] for row in rows], right=2)
     return markdown_table([*header, f"margin of {margin:g}"], rows, right=2)
 
-def usual_table(table, trace:Trace, name:str="tbl-usual") -> str:
+def dev_selected_table(table, trace:Trace, name:str="tbl-usual") -> str:
     "Markdown: what choosing on dev would have claimed; empty for a study without a tuning split."
-    titles, named, rows = place_names(done(table)), cell_names(done(table)), []
-    claims, chosen = usual_claims(table), best_sizes(table)
+    titles, named, rows = condition_names(done(table)), cell_names(done(table)), []
+    claims, chosen = dev_selected(table), best_sizes(table)
     claims = claims.assign(rank=claims.label.map(methods_in(claims).index)).sort_values("rank", kind="stable")
-    for place, title in titles.items():
-        for c in at_place(claims, place).itertuples():
-            runs = done(at_place(table, place))
+    for condition, title in titles.items():
+        for c in at_condition(claims, condition).itertuples():
+            runs = done(at_condition(table, condition))
             runs = runs[(runs.label == c.label) & runs.stage.isin(["tune", "single"])]
-            usual = trace.cell(name, named(place, c.label), percent(c.usual), runs)
-            best = at_place(chosen, place)
+            usual = trace.cell(name, named(condition, c.label), percent(c.usual), runs)
+            best = at_condition(chosen, condition)
             fair = runs_of(table, best[best.label == c.label])
-            fair = trace.cell(name, named(place, c.label, "reported"), percent(c.fair), fair)
+            fair = trace.cell(name, named(condition, c.label, "reported"), percent(c.fair), fair)
             rows.append([title, shown_method(c.label), c.tried, usual, fair, points(c.usual - c.fair)])
     header = ["task", "method", "tried", "best on dev", "reported", "difference"]
     return markdown_table(header, rows, right=2) if rows else ""
@@ -448,11 +450,11 @@ def _widths(font) -> dict: # a composite font, as typst writes all of them
 
 def pieces_of(page) -> tuple[list, str]: # of pypdf; dictionaries of left, right, y, size (points) and text; all text
     pieces, fonts, words, font = [], {}, {}, {}
-    def place(cm, tm): return [float(tm[4] * cm[i] + tm[5] * cm[i + 2] + cm[i + 4]) for i in (0, 1)]
+    def condition(cm, tm): return [float(tm[4] * cm[i] + tm[5] * cm[i + 2] + cm[i + 4]) for i in (0, 1)]
     def draw(operator, operands, cm, tm):
         if operator == b"Tf": font.update(name=operands[0], size=float(operands[1]))
         if operator not in (b"Tj", b"TJ"): return
-        name, (x, y) = font["name"], place(cm, tm)
+        name, (x, y) = font["name"], condition(cm, tm)
         if name not in fonts: fonts[name] = _widths(page["/Resources"]["/Font"][name].get_object())
         width, size = 0, abs(font["size"] * tm[0] * cm[0])
         for part in operands[0] if operator == b"TJ" else operands:
@@ -461,7 +463,7 @@ def pieces_of(page) -> tuple[list, str]: # of pypdf; dictionaries of left, right
             if isinstance(part, (int, float)): width -= part
         pieces.append(dict(left=x, right=x + float(width) / 1000 * size, y=y, size=size))
     def say(piece, cm, tm, *_):
-        if piece.strip(): words[tuple(map(round, place(cm, tm)))] = piece.strip()
+        if piece.strip(): words[tuple(map(round, condition(cm, tm)))] = piece.strip()
     text = page.extract_text(visitor_operand_before=draw, visitor_text=say)
     return [p | dict(text=words.get((round(p["left"]), round(p["y"])), "")) for p in pieces], text
 
@@ -678,11 +680,14 @@ def render_with_pandoc(notebook, formats=("html", "typst")) -> list[Path]: # the
 # %% ../../nbs/report/00_report.ipynb #52c68986
 INSTALL = "rendered with pandoc and typst; Quarto sets it more finely: https://quarto.org/docs/get-started"
 
+def render(notebook, to=("html", "typst")) -> tuple[list[Path], str]: # files beside it, and a word on what is missing
+    "Render an executed notebook with Quarto, or without."
+    if quarto_program(): return render_with_quarto(notebook, list(to)), ""
+    return render_with_pandoc(notebook, to), INSTALL
+
 def report(study:str, outputs="outputs", to=("html", "typst")
           ) -> tuple[list[Path], str]: # files, and a word on what is missing
     "Execute and render a study's report."
     for f in to:
         if f not in ("html", "typst"): raise BadInput(f"a report is rendered to html or typst, got {f!r}")
-    notebook = execute_report(study, outputs)
-    if quarto_program(): return render_with_quarto(notebook, list(to)), ""
-    return render_with_pandoc(notebook, to), INSTALL
+    return render(execute_report(study, outputs), to)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRIC_NAMES', 'MOST_POINTS', 'layer_diagram', 'save', 'label_lines', 'shown_method', 'shown_size', 'shown_metrics',
-           'number', 'shown_name', 'shown_encoder', 'place_names', 'at_place', 'score_vs_parameters',
+           'number', 'shown_name', 'shown_encoder', 'condition_names', 'at_condition', 'score_vs_parameters',
            'published_scaling', 'relative_to_full', 'cost_vs_score', 'difference_map', 'differences_figure',
-           'expected_best_figure', 'curves', 'curves_by_place']
+           'expected_best_figure', 'curves', 'curves_by_condition']
 
 # %% ../../nbs/results/02_plots.ipynb #39b82377
 import re
@@ -20,7 +20,7 @@ import pandas as pd
 import seaborn as sns
 from ..tasks.glue import METRICS, BadInput, get_task, in_order
 from ..methods.core import described
-from .table import (PLACE, DevExamples, best_sizes, budget_curves, cell_means, done, floors,
+from .table import (CONDITION, DevExamples, best_sizes, budget_curves, cell_means, done, floors,
                                       methods_in, paired, reported, runs_of)
 from ..run.runs import read_config, read_metrics
 from .statistics import summary
@@ -151,10 +151,10 @@ def shown_encoder(checkpoint:str) -> str:
     if checkpoint in (names := dict(minilm="MiniLM", mpnet="MPNet")): return names[checkpoint]
     return Path(checkpoint).name or checkpoint
 
-def place_names(table) -> dict: # (task, encoder, data) → name
-    "The places of a table in the order of tasks; encoder and data are named where a task has several."
+def condition_names(table) -> dict: # (task, encoder, data) → name
+    "The conditions of a table in the order of tasks; encoder and data are named where a task has several."
     order = in_order(table.task_name)
-    rows = table.drop_duplicates(PLACE)
+    rows = table.drop_duplicates(CONDITION)
     rows = rows.sort_values("task_name", key=lambda names: names.map(order.index), kind="stable")
     found = {}
     for row in rows.itertuples():
@@ -163,15 +163,15 @@ def place_names(table) -> dict: # (task, encoder, data) → name
         if rows.encoder.nunique() > 1: several.append(shown_encoder(row.checkpoint))
         if same_task.data_id.nunique() > 1: several.append(f"data {row.data_id}")
         found[row.task_name, row.encoder, row.data_id] = f"{name} ({', '.join(several)})" if several else name
-    return {place: _distinct(place, found) for place in found}
+    return {condition: _distinct(condition, found) for condition in found}
 
-def _distinct(place:tuple, names:dict) -> str:
+def _distinct(condition:tuple, names:dict) -> str:
     "Two folders of one name, or two tasks of one title, are told apart by what they differ in."
-    same = [other for other in names if names[other] == names[place]]
-    differ = [str(part) for part, *parts in zip(place, *same) if len(set(parts)) > 1]
-    return f"{names[place]} [{', '.join(differ)}]" if differ else names[place]
+    same = [other for other in names if names[other] == names[condition]]
+    differ = [str(part) for part, *parts in zip(condition, *same) if len(set(parts)) > 1]
+    return f"{names[condition]} [{', '.join(differ)}]" if differ else names[condition]
 
-def at_place(table, place): return table[(table[PLACE] == list(place)).all(axis=1)]
+def at_condition(table, condition): return table[(table[CONDITION] == list(condition)).all(axis=1)]
 
 # %% ../../nbs/results/02_plots.ipynb #e9349bcd
 def _band(which:str, top:float=float("inf")):
@@ -236,15 +236,15 @@ def score_vs_parameters(table,        # rows of `results.load_runs`
                         published:dict|None=None, # task → columns method, trainable_params, mean (a fraction)
                         examples:DevExamples|None=None # that know the score of a constant prediction
                        ):
-    "A panel a place: a task, an encoder, a data set."
+    "A panel a condition: a task, an encoder, a data set."
     runs = reported(table)
-    places, colours = place_names(runs), _colours(set(runs.label))
-    fig, axes = _panels(len(places))
+    conditions, colours = condition_names(runs), _colours(set(runs.label))
+    fig, axes = _panels(len(conditions))
     ground, drawn = None if examples is None else floors(table, examples), []
-    for ax, (place, name) in zip(axes, places.items()):
-        task, known = place[0], (published or {}).get(place[0])
-        drawn.append((ax, _draw_scaling(ax, at_place(runs, place), colours, band, known)))
-        if ground is not None: _draw_constant(ax, at_place(ground, place).constant.iloc[0])
+    for ax, (condition, name) in zip(axes, conditions.items()):
+        task, known = condition[0], (published or {}).get(condition[0])
+        drawn.append((ax, _draw_scaling(ax, at_condition(runs, condition), colours, band, known)))
+        if ground is not None: _draw_constant(ax, at_condition(ground, condition).constant.iloc[0])
         ax.set_title(name + (" (dashed: published, BERT-base)" if known is not None else ""), fontsize=10)
         ax.set(xlabel="trainable parameters", ylabel=_score_axis(task))
     fig.suptitle(title, fontsize=10, parse_math=False)   # a path may have dollars in it
@@ -275,8 +275,8 @@ def relative_to_full(table):
     """Mean score minus that of full fine-tuning, in points, against parameters, without the probe, which is far below;
     None where nothing is compared."""
     cells = cell_means(table[table.label != "head"])
-    full = cells[cells.label == "full"].set_index(PLACE).score.rename("full")
-    cells = cells.merge(full, left_on=PLACE, right_index=True)
+    full = cells[cells.label == "full"].set_index(CONDITION).score.rename("full")
+    cells = cells.merge(full, left_on=CONDITION, right_index=True)
     if set(cells.label) <= {"full"}: return None
     cells = cells.assign(difference=100 * (cells.score - cells.full))
     colours, ends = _colours(set(cells.label)), {}
@@ -284,10 +284,10 @@ def relative_to_full(table):
     ax.axhline(0, color="#999999", lw=1)
     for label in methods_in(cells):
         group = cells[cells.label == label]
-        for _, line in group.sort_values("parameters").groupby(PLACE):
+        for _, line in group.sort_values("parameters").groupby(CONDITION):
             ax.plot(line.parameters, line.difference, color=colours[label], alpha=.3, lw=1, marker=".", ms=4)
         # A median of other tasks at each size would be a curve of tasks, not of sizes.
-        n_sizes = group.groupby(PLACE)["size"].transform("nunique")
+        n_sizes = group.groupby(CONDITION)["size"].transform("nunique")
         sizes = group[n_sizes == n_sizes.max()].groupby("size")
         median = sizes[["parameters", "difference"]].median().sort_values("parameters")
         ax.plot(median.parameters, median.difference, color=colours[label], lw=2, marker="o", ms=5)
@@ -305,14 +305,14 @@ _COSTS = dict(cost_train_seconds=("training, seconds", 1), cost_peak_memory_byte
               cost_adapter_bytes=("saved, MB", 1e6))
 
 def cost_vs_score(table):
-    "A dot a method, at its chosen sizes; None of one method, of unknown costs, or where no place has all methods."
+    "A dot a method, at its chosen sizes; None of one method, of unknown costs, or where no condition has all methods."
     best = best_sizes(table)
     if best.label.nunique() < 2 or "cost_train_seconds" not in table: return None
-    labels_of = best.groupby(PLACE).label.nunique()
+    labels_of = best.groupby(CONDITION).label.nunique()
     common = labels_of[labels_of == best.label.nunique()]
     if common.empty: return None
-    runs = runs_of(table, best.merge(common.reset_index()[PLACE], on=PLACE))
-    points = runs.groupby(["label", *PLACE])[["score", *_COSTS]].mean().groupby("label").mean()
+    runs = runs_of(table, best.merge(common.reset_index()[CONDITION], on=CONDITION))
+    points = runs.groupby(["label", *CONDITION])[["score", *_COSTS]].mean().groupby("label").mean()
     fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), sharey=True, layout="constrained")
     colours = _colours(points.index)
     for ax, (column, (name, unit)) in zip(axes, _COSTS.items()):
@@ -321,7 +321,7 @@ def cost_vs_score(table):
         ax.set(xlabel=name, xscale="log" if wide else "linear")
         ax.grid(alpha=.25)
         ax.margins(x=.3, y=.2)
-    where = f"dev score, {place_names(runs)[common.index[0]]}, %" if len(common) == 1 else "mean dev score, %"
+    where = f"dev score, {condition_names(runs)[common.index[0]]}, %" if len(common) == 1 else "mean dev score, %"
     axes[0].set_ylabel(where)
     fig.canvas.draw()
     for ax, (column, (_, unit)) in zip(axes, _COSTS.items()):
@@ -331,12 +331,12 @@ def cost_vs_score(table):
 # %% ../../nbs/results/02_plots.ipynb #56555c0b
 def difference_map(table):
     "Mean score of each method minus that of full fine-tuning, in points; None where there is nothing to compare."
-    best, places = best_sizes(table), place_names(reported(table))
-    names = best.assign(place=[places[tuple(row)] for row in best[PLACE].values])
-    scores = names.pivot(index="label", columns="place", values="score")
+    best, conditions = best_sizes(table), condition_names(reported(table))
+    names = best.assign(condition=[conditions[tuple(row)] for row in best[CONDITION].values])
+    scores = names.pivot(index="label", columns="condition", values="score")
     if "full" not in scores.index or len(scores) < 2: return None
     points = (100 * (scores - scores.loc["full"])).loc[[m for m in methods_in(best) if m != "full"]]
-    points = points[[name for name in places.values() if points[name].notna().any()]]
+    points = points[[name for name in conditions.values() if points[name].notna().any()]]
     if points.empty or points.shape[1] == 0: return None
     fig, ax = plt.subplots(figsize=(2.2 + 1.1 * points.shape[1], 1.2 + .4 * len(points)), layout="constrained")
     # The probe is far below; the colours are for what differs among the others.
@@ -370,19 +370,19 @@ def _draw_differences(ax, rows, names:list[str], colours:dict, title:str):
     ax.set_title(title, fontsize=10)
     ax.grid(alpha=.25)
 
-def differences_figure(table, examples:DevExamples|None=None, over=()): # over: places whose mean has a panel too
-    "A panel a place, a row a method and size: points above full fine-tuning, with intervals; None without pairs."
+def differences_figure(table, examples:DevExamples|None=None, over=()): # over: conditions whose mean has a panel too
+    "A panel a condition, a row a method and size: points above full fine-tuning, with intervals; None without pairs."
     cells = cell_means(table)
     full, rest = cells[cells.label == "full"], cells[cells.label != "full"]
     panels = {f"mean of {len(over)} tasks": list(over)} if len(over) > 1 else {}
-    panels |= {title: [place] for place, title in place_names(reported(table)).items()}
+    panels |= {title: [condition] for condition, title in condition_names(reported(table)).items()}
     rows = []
     for (label, size), here in rest.groupby(["label", "size"], sort=False):
         about = dict(label=label, name=shown_method(label) + (f", {shown_size(size)}" if size != "all" else ""),
                      parameters=here.parameters.min())
-        for panel, places in panels.items():
-            two = [pd.concat([at_place(side, place) for place in places]) for side in (here, full)]
-            if min(map(len, two)) < len(places): continue
+        for panel, conditions in panels.items():
+            two = [pd.concat([at_condition(side, condition) for condition in conditions]) for side in (here, full)]
+            if min(map(len, two)) < len(conditions): continue
             found = paired(*(runs_of(table, side) for side in two), examples)
             if found["n"]: rows.append(about | dict(panel=panel) | found)
     if not rows: return None
@@ -404,15 +404,15 @@ def differences_figure(table, examples:DevExamples|None=None, over=()): # over: 
 
 # %% ../../nbs/results/02_plots.ipynb #455f5fd5
 def expected_best_figure(table):
-    "A panel a place, a line a method but the probe, which is far below; None where nothing was tried twice."
+    "A panel a condition, a line a method but the probe, which is far below; None where nothing was tried twice."
     curves_of = budget_curves(table[table.label != "head"])
     if curves_of.empty or curves_of.n.max() < 2: return None
-    places = {p: name for p, name in place_names(done(table)).items() if len(at_place(curves_of, p))}
+    conditions = {p: name for p, name in condition_names(done(table)).items() if len(at_condition(curves_of, p))}
     colours = _colours(set(curves_of.label))
-    fig, axes = _panels(len(places), 3.)
+    fig, axes = _panels(len(conditions), 3.)
     lines = {}
-    for ax, (place, name) in zip(axes, places.items()):
-        here = at_place(curves_of, place)
+    for ax, (condition, name) in zip(axes, conditions.items()):
+        here = at_condition(curves_of, condition)
         for label in methods_in(here):
             line = here[here.label == label]
             expected, usual = 100 * line.expected, 100 * line.usual
@@ -456,21 +456,21 @@ def curves(folders,  # of runs, finished or not
     return fig
 
 # %% ../../nbs/results/02_plots.ipynb #30c6f97e
-def curves_by_place(epochs): # rows of `epoch_scores`
-    """A panel a place: the dev score after each epoch, a line a method (the mean over seeds) in a band from the lowest
-    to the highest; None without scores."""
+def curves_by_condition(epochs): # rows of `epoch_scores`
+    """A panel a condition: the dev score after each epoch, a line a method (the mean over seeds) in a band from the
+    lowest to the highest; None without scores."""
     if epochs.empty: return None
-    places, colours, lines = place_names(epochs), _colours(set(epochs.label)), {}
-    fig, axes = _panels(len(places), 3.)
-    for ax, (place, name) in zip(axes, places.items()):
-        here = at_place(epochs, place)
+    conditions, colours, lines = condition_names(epochs), _colours(set(epochs.label)), {}
+    fig, axes = _panels(len(conditions), 3.)
+    for ax, (condition, name) in zip(axes, conditions.items()):
+        here = at_condition(epochs, condition)
         for label in methods_in(here):
             by_epoch = 100 * here[here.label == label].groupby("epoch").dev_score.agg(["mean", "min", "max"])
             style = dict(color=colours[label], lw=1.5, marker="o", ms=3)
             lines[shown_method(label)], = ax.plot(by_epoch.index, by_epoch["mean"], **style)
             ax.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], color=colours[label], alpha=.12, lw=0)
         ax.set_title(name, fontsize=10)
-        ax.set(xlabel="epoch", ylabel=_score_axis(place[0]))
+        ax.set(xlabel="epoch", ylabel=_score_axis(condition[0]))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=.25)
     _legend(fig, lines)

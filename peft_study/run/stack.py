@@ -175,20 +175,20 @@ def train_stack_epoch(members:list[Member], rows:Tokens,
     config, first = members[0].config, members[0].state
     steps, lengths = first.log.steps, rows.lengths
     seeds = {m.config.seed for m in members}
-    batches_of = {seed: train_batches(lengths, config.batch_size, seed, first.at["epoch"]) for seed in seeds}
+    batches_of = {seed: train_batches(lengths, config.batch_size, seed, first.progress["epoch"]) for seed in seeds}
     n_batches = len(batches_of[config.seed])
-    begun, every = first.at["epoch"] * n_batches, max(1, steps // 200)
+    begun, every = first.progress["epoch"] * n_batches, max(1, steps // 200)
     for member in members: member.state.raw.train()
     started = time.perf_counter()
-    for step in range(first.at["step"] + 1, min(begun + n_batches, steps) + 1):
+    for step in range(first.progress["step"] + 1, min(begun + n_batches, steps) + 1):
         indices = [batches_of[m.config.seed][step - 1 - begun] for m in members]
         seed_dropout(config.seed, step - 1, 0)
         batch = stack_batch(rows, indices) if len(seeds) > 1 else local_batch(rows, indices[0])
         rates = [m.state.scheduler.get_last_lr()[0] for m in members]
-        outcomes = stack_step(members, batch, first.at["micro_batches"])
+        outcomes = stack_step(members, batch, first.progress["micro_batches"])
         processed = batch["input_ids"].numel() // (len(members) if has_own(batch) else 1)
         for member, outcome, index in zip(members, outcomes, indices):
-            member.state.at["step"] = step
+            member.state.progress["step"] = step
             member.state.log.add(*outcome, len(index), sum(lengths[i] for i in index), processed)
         last_of_epoch = step == begun + n_batches or step == steps
         if step % every and not last_of_epoch: continue
@@ -200,7 +200,7 @@ def train_stack_epoch(members:list[Member], rows:Tokens,
         members = survivors(members, flush, rates)
         if not members: return []
         if not last_of_epoch: now_and_then(members)
-    for member in members: member.state.at["epoch"] += 1
+    for member in members: member.state.progress["epoch"] += 1
     return members
 
 # %% ../../nbs/run/07_stack.ipynb #dc371f2c
@@ -248,10 +248,10 @@ def fit_stack(members:list[Member], saved:list, show, micro_batches:int=1, minut
         last_saved = time.monotonic()
     def now_and_then(members):
         if time.monotonic() - last_saved > 60 * minutes: save(members)
-    while members and members[0].state.at["step"] < steps:
+    while members and members[0].state.progress["step"] < steps:
         members = train_stack_epoch(members, data["train"], now_and_then)
         if not members: break
-        at = members[0].state.at["step"]
+        at = members[0].state.progress["step"]
         if not evaluation_is_due(first, at, steps, per_epoch): continue
         members = evaluate_stack(members, data)
         save(members)
@@ -265,7 +265,7 @@ def start_stack(configs:list[RunConfig], folders:list[Path], show, micro_batches
     "The stacks of runs that stand at the same step, one after the other."
     members = [Member(c, f, new_accelerator(c, f)) for c, f in zip(configs, folders)]
     saved = [begin(m.config, m.folder, m.accelerator) for m in members]
-    def step_of(checkpoint): return checkpoint["at"]["step"] if checkpoint else 0
+    def step_of(checkpoint): return checkpoint["progress"]["step"] if checkpoint else 0
     for step in sorted({step_of(s) for s in saved}):
         some = [i for i, s in enumerate(saved) if step_of(s) == step]
         fit_stack([members[i] for i in some], [saved[i] for i in some], show, micro_batches, minutes)

@@ -183,18 +183,18 @@ class TrainState:
     last epoch, at the best epoch, and at the epoch that is best on dev."""
     def __init__(self, raw, optimizer, scheduler, log, micro_batches:int):
         self.raw, self.optimizer, self.scheduler, self.log = raw, optimizer, scheduler, log
-        self.at = dict(step=0, epoch=0, micro_batches=micro_batches, resumed=0, last=None, best=None, best_on_dev=None,
-                       kept={})
+        self.progress = dict(step=0, epoch=0, micro_batches=micro_batches, resumed=0, last=None, best=None,
+                             best_on_dev=None, kept={})
         self.saved = time.monotonic()
 
     def save(self, folder):
-        save_state(folder, dict(at=self.at, model=trainable(self.raw), optimizer=self.optimizer.state_dict(),
-                                scheduler=self.scheduler.state_dict(), log=self.log.totals))
+        save_state(folder, dict(progress=self.progress, model=trainable(self.raw), log=self.log.totals,
+                                optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict()))
         self.saved = time.monotonic()
 
     def load(self, saved:dict):
         import torch
-        self.at = saved["at"] | dict(resumed=saved["at"]["resumed"] + 1)
+        self.progress = saved["progress"] | dict(resumed=saved["progress"]["resumed"] + 1)
         with torch.no_grad():
             for name, p in trainable(self.raw).items(): p.copy_(saved["model"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -211,13 +211,13 @@ def evaluate_split(config:RunConfig, state:TrainState, rows:Tokens, accelerator,
     if logits is None:   # not through DDP, whose forward waits for every process
         logits = logits_of(state.raw, rows, accelerator)
     scores = score(task, decide(task, logits), rows.labels)
-    return dict(scores=scores | dict(epoch=state.at["epoch"]), logits=torch.from_numpy(logits))
+    return dict(scores=scores | dict(epoch=state.progress["epoch"]), logits=torch.from_numpy(logits))
 
 def evaluate_epoch(config:RunConfig, state:TrainState, data, accelerator,
                    logits:dict={} # split → logits, where they are known
                   ):
     "Score dev and the tuning split, log it, and remember the epoch if it is the best."
-    at, found, line = state.at, {}, {}
+    at, found, line = state.progress, {}, {}
     for split in ("tune", "dev"):
         if split not in data: continue
         found[split] = evaluate_split(config, state, data[split], accelerator, logits.get(split))
@@ -243,7 +243,7 @@ def train_epoch(config:RunConfig, state:TrainState, model, rows:Tokens, steps:in
                 between=lambda: None,           # called after each line of the log
                 frozen:FrozenLayers|None=None): # with `cache_frozen`
     "Train to the end of the epoch, or of the run."
-    log, at, lengths = state.log, state.at, rows.lengths
+    log, at, lengths = state.log, state.progress, rows.lengths
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = train_batches(lengths, config.batch_size, config.seed, at["epoch"])
     begun = at["epoch"] * len(batches)   # the step at which this epoch began
@@ -307,9 +307,9 @@ def fit(config:RunConfig, folder:Path, accelerator, show, micro_batches:int=1, m
         if accelerator.is_main_process: state.save(folder)
     def save_now_and_then():
         if time.monotonic() - state.saved > 60 * minutes: save()
-    while state.at["step"] < steps:
+    while state.progress["step"] < steps:
         train_epoch(config, state, model, data["train"], steps, accelerator, save_now_and_then, frozen)
-        if evaluation_is_due(config, state.at["step"], steps, per_epoch):
+        if evaluation_is_due(config, state.progress["step"], steps, per_epoch):
             evaluate_epoch(config, state, data, accelerator)
             save()
         else: save_now_and_then()
@@ -322,8 +322,8 @@ def predict_kept(config:RunConfig, state:TrainState, data, accelerator) -> dict:
     import torch
     raw = state.raw
     with torch.no_grad():
-        for n, p in state.at["kept"].items(): trainable(raw)[n].copy_(p)
-    known = {s: found["logits"].numpy() for s, found in state.at[config.keep].items()}
+        for n, p in state.progress["kept"].items(): trainable(raw)[n].copy_(p)
+    known = {s: found["logits"].numpy() for s, found in state.progress[config.keep].items()}
     others = [s for s in data if s != "train" and s not in known]
     return known | {s: logits_of(raw, data[s], accelerator) for s in others}
 
@@ -342,7 +342,7 @@ def _clean(folder:Path, saved):
     (folder/"result.json").unlink(missing_ok=True)   # first, as it makes a run count as done
     for old in [folder/"error.txt", *folder.glob(".*.tmp")]: old.unlink(missing_ok=True)
     for old in ("adapter", "predictions"): shutil.rmtree(folder/old, ignore_errors=True)
-    if saved: return cut_metrics(folder, saved["at"]["step"])
+    if saved: return cut_metrics(folder, saved["progress"]["step"])
     shutil.rmtree(folder/"tensorboard", ignore_errors=True)
     (folder/"metrics.jsonl").unlink(missing_ok=True)
     drop_state(folder)
@@ -358,7 +358,7 @@ def begin(config:RunConfig, folder:Path, accelerator):
     accelerator.wait_for_everyone()   # nobody writes before everybody has read
     if not accelerator.is_main_process: return saved
     _clean(folder, saved)
-    own = dict(tensorboard=dict(purge_step=saved["at"]["step"] + 1)) if saved else {}
+    own = dict(tensorboard=dict(purge_step=saved["progress"]["step"] + 1)) if saved else {}
     accelerator.init_trackers("tensorboard", init_kwargs=own)
     if not saved: _show_settings(config, accelerator.get_tracker("tensorboard", unwrap=True))
     return saved
@@ -442,11 +442,11 @@ def costs(state:TrainState, device, adapter_bytes:int) -> dict:
                 tokens_per_second=round(log.real_tokens / log.seconds, 1),
                 padding_share=round(1 - log.real_tokens / log.processed_tokens, 4),
                 peak_memory_bytes=peak_memory(device), adapter_bytes=adapter_bytes,
-                batch_parts=state.at["micro_batches"])
+                batch_parts=state.progress["micro_batches"])
 
 def record(config:RunConfig, folder:Path, data, logits, state:TrainState, accelerator, **engine):
     "Write predictions, adapter and, last, `result.json`; `engine` joins its provenance."
-    task, at = get_task(config.task_name), state.at
+    task, at = get_task(config.task_name), state.progress
     for split, l in logits.items(): write_predictions(folder/"predictions"/f"{split}.tsv", task, data[split], l)
     facts = dict(run_id=config.run_id, task_name=config.task_name, checkpoint=config.checkpoint)
     adapter_bytes = save_adapter(state.raw, config.method, folder/"adapter", facts)
@@ -579,7 +579,7 @@ def with_less_memory(attempt, folder:Path, batch_size:int, pause:float=20 # seco
     """Call `attempt(micro_batches)`, with twice as many each time it runs out of memory; on a shared GPU once more the
     same."""
     saved, waited = load_state(folder), False
-    micro_batches = saved["at"]["micro_batches"] if saved else 1
+    micro_batches = saved["progress"]["micro_batches"] if saved else 1
     while True:
         try: return attempt(micro_batches)
         except Exception as e:
