@@ -52,6 +52,7 @@ def _encoder(row:dict) -> str:
     if weights and weights != row["checkpoint"]: return weights[:8]
     return os.path.normpath(row["checkpoint"])
 
+# %% ../../nbs/results/01_table.ipynb #c167515b
 def _data_id(row:dict) -> str:
     "The data of a cell: the fingerprint of its rows, or a name; and how much of it trains."
     fingerprint = row.get("provenance_data_fingerprint") or os.path.normpath(row["data"])
@@ -63,6 +64,7 @@ def _data_id(row:dict) -> str:
     n = row.get("max_train_examples")
     return f"{data}[:{n:.0f}]" if n and n == n else data
 
+# %% ../../nbs/results/01_table.ipynb #4089c3fd
 def _fields(method) -> dict: return dict(RunConfig.model_fields) | (dict(type(method).model_fields) if method else {})
 
 def _configuration(row:dict, config:dict, method) -> str:
@@ -187,6 +189,7 @@ def _same_canary(table) -> pd.Series:
     in_time = table[canary.notna()].sort_values("provenance_finished").index
     return canary.notna() & (canary == of.map(canary[in_time].groupby(of[in_time]).last()))
 
+# %% ../../nbs/results/01_table.ipynb #0d14083c
 def as_table(rows:list[dict], final_seeds=()):
     "Runs ordered by task, method, parameters and seed; `rows` are flat, with their configuration as `config`."
     _share_fingerprints(rows)
@@ -206,6 +209,7 @@ def as_table(rows:list[dict], final_seeds=()):
     table["stage"] = stages(table, final_seeds)
     return table[FIRST + [c for c in table if c not in FIRST]]
 
+# %% ../../nbs/results/01_table.ipynb #a2e0e53f
 def table_of(folders, final_seeds=()): return as_table([_row(f) for f in folders], final_seeds)
 
 def load_runs(study:str, outputs="outputs"):
@@ -267,6 +271,7 @@ def predictions_of(run_id:str, study_folder, split:str="dev") -> pd.DataFrame|No
     rows = pd.read_parquet(published, filters=[("run_id", "==", run_id)]).drop(columns="run_id")
     return rows.astype(words).set_index("index") if len(rows) else None
 
+# %% ../../nbs/results/01_table.ipynb #6c275f61
 def publish_predictions(table, study_folder):
     "Write the dev predictions of these runs into the one file of a published study."
     found = {run_id: predictions_of(run_id, study_folder) for run_id in table.run_id}
@@ -276,6 +281,7 @@ def publish_predictions(table, study_folder):
     rows = rows.astype(dict(run_id="category", prediction="category", label="category"))
     write_atomic(Path(study_folder)/DEV_FILE, lambda f: rows.to_parquet(f, compression="zstd", index=False))
 
+# %% ../../nbs/results/01_table.ipynb #84ae06cd
 EPOCHS_FILE = "epochs.csv"   # of a published study: columns run_id, epoch, loss, tune_score, dev_score
 
 def epochs_of(folder # of a run
@@ -306,6 +312,7 @@ def publish_epochs(table, study_folder):
     rows = pd.concat(found, names=["run_id"]).reset_index("run_id")
     write_atomic(Path(study_folder)/EPOCHS_FILE, rows.to_csv(index=False, float_format="%.6g"))
 
+# %% ../../nbs/results/01_table.ipynb #830ea5a0
 def to_numbers(task, words) -> np.ndarray:
     "Words of a predictions file as the numbers that metrics take."
     if task.regression: return np.asarray(words, float)

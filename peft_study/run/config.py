@@ -181,6 +181,7 @@ def own_code(self:RunConfig) -> dict[str, str]:
     found = {what: code_fingerprint(what, name) for what, name in names.items()}
     return {what: fingerprint for what, fingerprint in found.items() if fingerprint}
 
+# %% ../../nbs/run/00_config.ipynb #7728696b
 @patch(as_prop=True)
 def selection(self:RunConfig) -> Selection:
     "What the run uses of its task's data."
@@ -201,6 +202,7 @@ def identity(self:RunConfig) -> dict:
     if (weights := checkpoint_fingerprint(self.checkpoint)) != self.checkpoint: needed["checkpoint"] = weights
     return needed | {f"code of {what}": found for what, found in self.own_code().items()}
 
+# %% ../../nbs/run/00_config.ipynb #d4b2e0f1
 def _run_id(config:RunConfig, identity:dict) -> str:
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     def short(name): return re.sub(r"\W", "_", name.rpartition(":")[2])

@@ -335,6 +335,7 @@ def container_quota(mounted="/sys/fs/cgroup", own="/proc/self/cgroup") -> float:
         found += [_quota(g) for g in (group, *group.parents) if g.is_relative_to(top)]
     return min(found)
 
+# %% ../../nbs/run/03_runs.ipynb #679e6efa
 def _own_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -46,6 +46,7 @@ def _write_runs(folders:list[Path], to:Path):
     make_folder(to)
     write_atomic(to/RUNS_FILE, "".join(lines))
 
+# %% ../../nbs/study/00_records.ipynb #62f798d5
 def _publish_page(file:Path, to:Path, runs:list[Path]):
     """Copy the page of the runs behind the numbers, without links to folders that are not published, and with the
     folders of its commands as they were typed."""
@@ -56,6 +57,7 @@ def _publish_page(file:Path, to:Path, runs:list[Path]):
         for name, place in settings.get("places", {}).items(): text = text.replace(place, str(settings[name]))
     to.write_text(text, encoding="utf-8")
 
+# %% ../../nbs/study/00_records.ipynb #c08b8ac7
 def publish(study:str, outputs="outputs",
             to=None # default: `records_folder`
            ) -> Path:
@@ -95,6 +97,7 @@ def _adopt_answers(submission:Path, runs:Path): # a published one; the folder of
                 make_folder(predictions.parent)
                 write_atomic(predictions, answers.read(file).decode())
 
+# %% ../../nbs/study/00_records.ipynb #e71e9020
 def _adopt_epochs(records:Path, runs:Path): # runs: the folder of runs
     "Give runs that have no log the scores of their epochs, where they are published."
     if not (records/EPOCHS_FILE).is_file(): return
@@ -105,6 +108,7 @@ def _adopt_epochs(records:Path, runs:Path): # runs: the folder of runs
         lines = [dict(step=step) | {k: v for k, v in row.items() if v == v} for step, row in epochs]
         write_atomic(log, "".join(json.dumps(line) + "\n" for line in lines))
 
+# %% ../../nbs/study/00_records.ipynb #10216557
 def adopt(study:str, outputs="outputs",
           records=None # default: `records_folder`
          ) -> int:     # so many runs

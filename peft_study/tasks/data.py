@@ -560,6 +560,7 @@ def _rows_fingerprint(task, data, skip, versions) -> str:
 @lru_cache(maxsize=256)
 def _use_fingerprint(task, use, versions) -> str: return _hash_of(task, select_examples(task, use))
 
+# %% ../../nbs/tasks/02_data.ipynb #224de339
 def data_fingerprint(task:Task, data:str, skip:int=0) -> str: # 16 hex digits
     "Names the labelled rows of a task, wherever they come from."
     check_source(task, data)
