@@ -297,9 +297,9 @@ def _option(name, field, of=""):
 def config_flags(f, without=()):
     "Give the command `f(ctx, settings, …)` a flag for every setting of a run."
     from peft_study.run.config import RunConfig
-    from peft_study.methods.core import find_method, method_names
+    from peft_study.methods.core import OFFICIAL, find_method, method_names
     options = {name: _option(name, field) for name, field in RunConfig.model_fields.items()}
-    for method in method_names():
+    for method in sorted(method_names(), key=OFFICIAL.__contains__):   # a field that both have is ours
         for name, field in find_method(method).model_fields.items():
             options.setdefault(name, _option(name, field, method))
     own = {k: p for k, p in inspect.signature(f).parameters.items() if k != "settings"}

@@ -2,7 +2,7 @@
 
 A cell that shows a time, a path or another thing that is never the same says so by the tag `varies`. Pictures are not
 compared. With `--save`, what differs is stored."""
-import math, re, subprocess, sys
+import argparse, math, re, subprocess, sys
 from pathlib import Path
 import nbformat
 
@@ -65,4 +65,7 @@ def main(save:bool):
     return code or int(found > 0 and not save)
 
 
-if __name__ == "__main__": sys.exit(main("--save" in sys.argv))
+if __name__ == "__main__":
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--save", action="store_true", help="store what differs")
+    sys.exit(main(asked.parse_args().save))

@@ -54,9 +54,17 @@ def test_sidebar():
     def listed(contents):
         for entry in contents:
             if isinstance(entry, str): yield entry
-            else: yield from [entry["href"]] * ("href" in entry) + list(listed(entry["contents"]))
+            elif "href" in entry: yield entry["href"]
+            if isinstance(entry, dict): yield from listed(entry["contents"])
     sidebar = yaml.safe_load((REPO/"nbs/_quarto.yml").read_text())["website"]["sidebar"]["contents"]
     assert sorted(listed(sidebar)) == sorted(map(named, SOURCES))
+
+
+@pytest.mark.parametrize("notebook", SOURCES, ids=named)
+def test_links(notebook):
+    "Each link to a file leads to one."
+    words = "\n".join(source(c) for c in cells(notebook) if c["cell_type"] == "markdown")
+    for link in re.findall(r"\]\((?!https?:|#)([^)\s#]+)", words): assert (notebook.parent/link).exists(), link
 
 
 def test_index():

@@ -6,7 +6,7 @@ from conftest import REPO
 from peft_study.run.config import RunConfig
 from peft_study.methods.core import method_names
 from peft_study.share.cards import command_of
-from peft_study import report as report_module
+from peft_study.report import report as report_module
 from peft_study.report.report import (execute_report, faults_of_pdf, options, quarto_program, render_with_pandoc,
                                       report)
 from peft_study.run.runs import read_config, start_run
