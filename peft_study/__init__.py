@@ -21,3 +21,7 @@ class _Moved:
     def exec_module(module): sys.modules[module.__name__] = import_module(_MOVED[module.__name__])
 
 sys.meta_path.append(_Moved)
+
+def __getattr__(name): # so that `import peft_study` stays light
+    if name in ("compare", "classify"): return getattr(import_module("peft_study.answer.compare"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,8 @@ __all__ = ['app', 'Outputs', 'Minutes', 'Push', 'RunFolder', 'FinishedStudy', 's
            'warn_of_settings', 'warn_of_budgets', 'advise_on_pooling', 'report_run', 'print_whole', 'print_table',
            'trainable_parameters', 'unreadable_data', 'list_study', 'config_flags', 'check', 'run', 'list_', 'evaluate',
            'export', 'run_and_summarise', 'study_', 'demo', 'write_report', 'report_', 'trace', 'predict', 'score',
-           'write_page', 'write_findings', 'publish', 'pack', 'adopt', 'measure_on_gpu', 'bench_', 'methods', 'doctor']
+           'write_page', 'write_findings', 'publish', 'compare_', 'classify_', 'pack', 'adopt', 'measure_on_gpu',
+           'bench_', 'methods', 'doctor']
 
 # %% ../nbs/02_cli.ipynb #c1000003
 import errno, inspect, os, re, sys
@@ -629,6 +630,41 @@ def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
     megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
     print(f"{os.path.relpath(folder)}: {len(published_runs(folder))} runs, {megabytes:.1f} MB")
     if push: print(upload(folder, push, "dataset"))
+
+# %% ../nbs/02_cli.ipynb #5f564045
+@app.command("compare")
+def compare_(file:Annotated[str, typer.Argument(help="CSV, TSV, JSONL, Parquet, gzip of these; a folder with "
+                                                     "train, dev and test; or a 🤗 dataset id")],
+             text:Annotated[Optional[str], typer.Option(help="the column of texts, or two with a comma (default: "
+                                                             "found)")]=None,
+             label:Annotated[Optional[str], typer.Option(help="the column of labels (default: found)")]=None,
+             checkpoint:Annotated[Optional[str], typer.Option(help="a 🤗 id, a folder, minilm (the default) or "
+                                                                   "mpnet")]=None,
+             minutes:Annotated[float, typer.Option(help="for all of it")]=30,
+             methods:Annotated[str, typer.Option(help="with commas")]="lora,adapter,full",
+             metric:Annotated[Optional[str], typer.Option(help="accuracy, macro_f1, f1, matthews, pearson, spearman, "
+                                                               "or package.module:METRIC")]=None,
+             export:Annotated[Optional[Path], typer.Option(metavar="NEW", help="a new folder for the model")]=None,
+             save_study:Annotated[bool, typer.Option("--save-study", help="add the study to settings.ini here")]=False,
+             outputs:Outputs=Path("outputs")):
+    "From a file with texts and labels to an answer: which method, by how much, and the model."
+    from functools import partial
+    from peft_study.answer.compare import compare
+    warn_of_gpus()
+    answer = compare(file, minutes, text, label, checkpoint, methods, metric, outputs, export, save_study,
+                     partial(print, flush=True))
+    if answer.stopped: raise KeyboardInterrupt
+
+@app.command("classify")
+def classify_(model:Annotated[Path, typer.Argument(help="a folder that compare --export wrote")],
+              file:Annotated[Path, typer.Argument(help="with new texts: CSV, TSV, JSONL, Parquet, gzip of these")],
+              text:Annotated[Optional[str], typer.Option(help="default: the columns of training")]=None,
+              to:Annotated[Optional[Path], typer.Option(help="default: FILE.classified.csv")]=None):
+    "Label new texts: the columns of a file, then a label and probabilities, as CSV."
+    from peft_study.answer.compare import classify
+    to = to or Path(f"{file}.classified.csv")
+    labelled = classify(model, file, to, text)
+    print(f"{to}: {len(labelled):,} texts")
 
 # %% ../nbs/02_cli.ipynb #ad0b7e02
 def _shown(file:Path) -> str: return f"{file}  {file.stat().st_size / 2**20:.1f} MiB"

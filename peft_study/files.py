@@ -95,10 +95,10 @@ def foreign_settings() -> Path|None:
     return here if here.is_file() and not _declares(here) else None
 
 def settings_files() -> list[Path]:
-    "Where studies and tasks are declared: settings.ini of this folder, then the repository's."
-    files = [Path("settings.ini"), root()/"settings.ini"]
+    "Where studies and tasks are declared: settings.ini of this folder, the repository's, then `$PEFT_STUDY_SETTINGS`."
+    files, more = [Path("settings.ini"), root()/"settings.ini"], os.environ.get("PEFT_STUDY_SETTINGS")
     if not files[0].is_file() or foreign_settings() or files[0].resolve() == files[1].resolve(): files.pop(0)
-    return files
+    return [*files, Path(more)] if more else files
 
 def read_ini(file) -> ConfigParser:
     "The sections of a settings file. Values are taken as they stand."

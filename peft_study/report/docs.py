@@ -23,7 +23,8 @@ def for_the_site(cell):
 # %% ../../nbs/report/02_docs.ipynb #d1c59f92
 ROOMS = dict(files="reading what others have written", tasks="what is learned", encoders="where things are in a family",
              methods="what learns", run="one run", results="what was found", share="what leaves", study="many runs",
-             report="how it is shown", bench="how fast", cli="the command")   # each imports only from those before it
+             report="how it is shown", bench="how fast", answer="from a file to an answer",
+             cli="the command")   # each imports only from those before it
 
 def room_of(module:str) -> str: return module.partition(".")[0]
 

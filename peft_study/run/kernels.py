@@ -53,11 +53,20 @@ def warm_up() -> bool: # whether there is a server
     return True
 
 # %% ../../nbs/run/08_kernels.ipynb #6be44c8d
+@contextmanager
+def _without_script():
+    "A process that is started within this does not run the user's script again, of which it needs nothing."
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    for name in hidden: setattr(main, name, None)
+    try: yield
+    finally: vars(main).update(hidden)
+
 def begin(target, *args):
     "Start `target(*args)` in a fork of the server, or, where there is none, in a Python that imports all by itself."
     context = fork_server if warm_up() else beginner
     process = context.Process(target=target, args=args, daemon=False)
-    with libraries_first(): process.start()
+    with libraries_first(), _without_script(): process.start()
     return process
 
 # %% ../../nbs/run/08_kernels.ipynb #d827c1c0

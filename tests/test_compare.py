@@ -1,0 +1,156 @@
+"From a file to an answer: awkward files, labels that mean nothing, a leak, a kill, and the model that leaves."
+import gzip, json, os, random, subprocess, time
+import pandas as pd
+import pytest
+from conftest import PROGRAM, flags, kill_tree
+from peft_study.answer.table import read_table, split_table
+from peft_study.files import BadInput
+from peft_study.tasks.data import words_of
+
+WORDS = "the film was a long and quiet story about people who lived near old houses by sea with dogs cats birds".split()
+NOISE = random.Random(0)
+
+
+def sentence(): return " ".join(NOISE.choice(WORDS) for _ in range(12))
+
+
+ROWS = [(sentence(), NOISE.choice(["good", "bad"])) for _ in range(200)]
+
+
+def as_csv(rows, header="text,label", separator=","):
+    quoted = [[f'"{cell}"' if separator in str(cell) else str(cell) for cell in row] for row in rows]
+    return "\n".join([header] * bool(header) + [separator.join(row) for row in quoted]) + "\n"
+
+
+def numbered(labels): return [(text, label) for (text, _), label in zip(ROWS, labels)]
+
+
+READ = dict(
+    no_header=(as_csv(ROWS, ""), "has no header: its columns are called 1, 2"),
+    mark=("\ufeff" + as_csv(ROWS), "text from 'text'"),
+    semicolons=(as_csv([(t.replace(" ", ", ", 3), y) for t, y in ROWS], "Text;Label", ";"), "text from 'Text'"),
+    trailing_blanks=(as_csv([(t, y + "  ") for t, y in ROWS]), "2 labels (bad, good)"),
+    not_a_number=(as_csv([(t, y if i % 10 else "NaN") for i, (t, y) in enumerate(ROWS)]), "20 rows have no label"),
+    html=(as_csv([(f"<p>{t}</p>", y) for t, y in ROWS]), "200 texts have HTML tags"),
+    emoji=(as_csv([(t + " 😀", {"good": "👍", "bad": "👎"}[y]) for t, y in ROWS]), "2 labels (👍, 👎)"),
+    index=(as_csv([(i, *row) for i, row in enumerate(ROWS)], "index,text,label"), "text from 'text'"),
+    row_names=(as_csv([(i, *row) for i, row in enumerate(ROWS)], ",text,label"), "text from 'text'"),
+    duplicates=(as_csv([*ROWS, *ROWS[:7]]), "7 rows are exact duplicates"),
+    single=(as_csv([*ROWS, (sentence(), "odd")]), "1 labels have a single example"),
+    numbers=(as_csv(numbered(i % 47 / 10 for i in range(200)), "text,score"), "numbers, predicted as such"),
+    stars=(as_csv(numbered(i % 5 + 1 for i in range(200)), "review,stars"), "5 labels (1, 2, 3, 4, 5)"),
+    few_dates=(as_csv(numbered(f"2024-0{i % 3 + 1}-01" for i in range(200))), "3 labels (2024-01-01"),
+    large=(as_csv([(f"{t} {i}", y) for i in range(500) for t, y in ROWS]), "30,000 of 100,000 rows are used"),
+)
+REFUSED = dict(
+    one_class=(as_csv(numbered(["good"] * 200)), "one label only, 'good'"),
+    two_rows=(as_csv(ROWS[:2]), "at least 30 are needed"),
+    page=("<!DOCTYPE html><html><body>a,b</body></html>", "a page in HTML"),
+    dates=(as_csv(numbered(f"2024-{i % 12 + 1:02}-{i % 28 + 1:02}" for i in range(200))), "no labels to learn"),
+    empty=("", "one column only"),
+    header_alone=("text,label\n", "no rows"),
+    unclear=(as_csv([(t, y, y) for t, y in ROWS], "text,liked,seen"), "which column is the label? give --label"),
+)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_read(name, tmp_path):
+    content, said = READ[name]
+    (tmp_path/f"{name}.csv").write_text(content)
+    table = read_table(tmp_path/f"{name}.csv")
+    parts, share = split_table(table)
+    assert any(said in note for note in table.notes), table.notes
+    sides = [set(map(words_of, parts[part].text)) for part in ("train", "dev")]
+    assert not sides[0] & sides[1]
+    assert set(parts["train"].label) == set(parts["dev"].label) or not table.labels
+    assert .15 < len(parts["dev"]) / len(parts["train"]) < .3 and 0 < share < .5
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, tmp_path):
+    content, said = REFUSED[name]
+    (tmp_path/f"{name}.csv").write_text(content)
+    with pytest.raises(BadInput) as refusal: split_table(read_table(tmp_path/f"{name}.csv"))
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_kinds_agree(tmp_path):
+    "The same rows are the same table, whatever kind of file they come in."
+    frame = pd.DataFrame([(t, y == "good") for t, y in ROWS], columns=["text", "label"])
+    frame.to_csv(tmp_path/"a.csv", index=False)
+    frame.to_csv(tmp_path/"a.tsv", index=False, sep="\t")
+    frame.to_json(tmp_path/"a.jsonl", orient="records", lines=True)
+    frame.to_parquet(tmp_path/"a.parquet")
+    (tmp_path/"a.csv.gz").write_bytes(gzip.compress((tmp_path/"a.csv").read_bytes()))
+    (tmp_path/"a").mkdir()
+    frame[:160].to_csv(tmp_path/"a/train.csv", index=False)
+    frame[150:].to_csv(tmp_path/"a/dev.csv", index=False)
+    first, *others = [read_table(file).parts["train"] for file in sorted(tmp_path.glob("a.*"))]
+    assert len(others) == 4
+    for other in others: pd.testing.assert_frame_equal(first, other)
+    folder = read_table(tmp_path/"a")
+    assert (folder.left_out.reason == "in dev as well").sum() == 10 and len(folder.parts["dev"]) == 50
+
+
+def test_commands_refuse(command, tmp_path):
+    (tmp_path/"one.csv").write_text(REFUSED["one_class"][0])
+    for words, said in ((["compare", tmp_path/"one.csv"], "one label only"),
+                        (["compare", tmp_path/"no.csv"], "no such file"),
+                        (["compare", tmp_path/"one.csv", "--methods", "lorra"], "unknown method"),
+                        (["compare", tmp_path/"one.csv", "--checkpoint", "nowhere/at-all"], "nowhere/at-all")):
+        code, _, err = command(*words, env=os.environ | dict(HF_HUB_OFFLINE="1"))
+        assert code == 2 and said in err and err.count("\n") == 1, err
+
+
+def compared(tmp_path, tiny, rows, **more):
+    from peft_study import compare
+    pd.DataFrame(rows, columns=["text", "label"]).to_csv(tmp_path/"rows.csv", index=False)
+    said = []
+    common = dict(minutes=4, methods="lora", checkpoint=str(tiny), outputs=tmp_path/"out", say=said.append)
+    answer = compare(tmp_path/"rows.csv", **common | more)
+    return answer, "\n".join(said)
+
+
+def test_shuffled_labels(tmp_path, tiny):
+    "Where labels mean nothing, nothing is learned, and it says so."
+    answer, said = compared(tmp_path, tiny, ROWS, minutes=1)   # in which a slow machine fits baselines alone
+    assert answer.best.name == "constant" and "nothing is learned" in said
+    assert {"constant", "tfidf", "embeddings"} <= set(answer.table.method)
+    page = (answer.folder/"answer.html").read_text()
+    assert "nothing is learned" in page and "http" not in page   # nothing is loaded from elsewhere
+
+
+def test_leak(tmp_path, tiny):
+    "Where the text has the label, word counts are enough; the model leaves, and labels new texts."
+    from peft_study import classify
+    from transformers import pipeline
+    rows = [(f"{t} {'yes' if y == 'good' else 'no'}", y) for t, y in ROWS]
+    answer, said = compared(tmp_path, tiny, rows, export=tmp_path/"model")
+    assert answer.best.name == "tfidf" and "take logistic regression on TF-IDF" in said
+    assert answer.best.predict(["a story yes", "a story no"]) == ["good", "bad"]
+    labelled = classify(tmp_path/"model", tmp_path/"rows.csv")
+    again = pipeline("text-classification", model=str(tmp_path/"model"))([t for t, _ in rows[:20]], truncation=True)
+    assert [r["label"] for r in again] == labelled.predicted[:20].tolist()
+    assert answer.fine_tuned.predict([t for t, _ in rows[:20]]) == labelled.predicted[:20].tolist()
+    assert "How it was chosen" in (tmp_path/"model/README.md").read_text()
+    assert (labelled.filter(like="p(").sum(axis=1) - 1).abs().max() < 1e-4
+
+
+def test_goes_on_after_a_kill(tmp_path, tiny):
+    "Killed, the same command keeps what is finished and comes to an answer."
+    (tmp_path/"rows.csv").write_text(as_csv(ROWS))
+    call = [*PROGRAM, "compare", "rows.csv", *flags(minutes=3, methods="lora", checkpoint=tiny, outputs="out")]
+    output = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def begin(): return subprocess.Popen(call, cwd=tmp_path, **output)
+    child, until = begin(), time.monotonic() + 180
+    def results(): return {f: f.read_bytes() for f in tmp_path.glob("out/rows/runs/*/result.json")}
+    while not results() and time.monotonic() < until: time.sleep(.2)
+    kill_tree(child)
+    before = results()
+    assert before
+    child = begin()
+    out, _ = child.communicate()
+    assert child.returncode == 0 and "answer.html" in out, out
+    assert before.items() <= results().items() and len(results()) > len(before)
+    seeds = json.loads((tmp_path/"out/rows/study.json").read_text())
+    assert seeds["seeds"] == [0] and seeds["final_seeds"] == [1, 2, 3]
