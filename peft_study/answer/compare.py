@@ -137,8 +137,9 @@ class Answer:
         return next((e for e in self.entries if isinstance(e.model, Path)), None)
 
 def _known(found:dict, middle:str) -> dict:
-    "An interval; where nothing varies, it is the number itself."
+    "An interval, of a score within what scores can be; where nothing varies, it is the number itself."
     if math.isnan(found["low"]): return found | dict(low=found[middle], high=found[middle])
+    if middle == "mean": return found | dict(low=max(-1., found["low"]), high=min(1., found["high"]))
     return found
 
 # %% ../../nbs/answer/02_compare.ipynb #460f6389
@@ -164,6 +165,8 @@ def verdict(answer:Answer) -> list[str]:
         lines.insert(0, "nothing is learned: no method is shown to be better than a constant prediction")
     elif best is winner: lines.insert(0, f"take {best.title}: the simpler ones are worse by more than chance")
     else: lines.insert(0, f"take {best.title}: it is enough, as nothing is shown to be better")
+    if (tuned := answer.fine_tuned) is None: lines.append("nothing was fine-tuned: give more --minutes")
+    elif read_config(tuned.model).n_epochs < 3: lines.append("fine-tuning had less than 3 epochs: give more --minutes")
     if winner.n == 1 and isinstance(winner.model, Path):
         lines.append("the best was run with one seed only: intervals are over examples alone; more time tells more")
     if best.name != "constant" and best is not winner and answer.row(best).behind > .02:
@@ -213,7 +216,7 @@ class Comparison:
         if same and earlier["plan"]: self.plan = Plan(**earlier["plan"])
         else: self.plan = make_plan(self.methods, rows, self.speed, self.clock.left - 15)   # the latter for the page
         write_json(known, dict(asked=self.key, speed=self.speed, plan=asdict(self.plan) if self.plan else None))
-        if not self.plan: return self.say(f"{self.clock.minutes:g} minutes are too few to fine-tune here: --minutes")
+        if not self.plan: return self.say(f"{self.clock.minutes:g} minutes are too few to fine-tune here")
         if self.plan.share < 1: self.plan.examples = round(self.plan.share * self.source["train"])   # before the split
         self.study = self.settings(self.plan)
         self.say(self.plan.line())
