@@ -20,7 +20,7 @@ from .table import read_frame
 from ..files import BadInput, read_json, read_text
 from ..methods.core import described, find_method
 from ..results.statistics import two_level
-from ..results.table import PLACE, DevExamples, chosen_configurations, load_runs, paired
+from ..results.table import CONDITION, DevExamples, chosen_configurations, load_runs, paired
 from ..run.config import Study
 from ..run.kernels import warm_up
 from ..run.predict import load_run, logits_of
@@ -40,7 +40,7 @@ class Entry:
     title: str
     order: int                 # from simple to less so
     tune: float                # the score that chooses
-    runs: pd.DataFrame         # run_id study task_name seed score, and PLACE
+    runs: pd.DataFrame         # run_id study task_name seed score, and CONDITION
     n: int                     # seeds behind it; of one, its interval is over examples alone
     task: object
     model: object              # a Baseline, or the folder of a run
@@ -67,7 +67,7 @@ def softmax(logits): # (rows, classes)
     return e / e.sum(1, keepdims=True)
 
 # %% ../../nbs/answer/02_compare.ipynb #8a10e22a
-_HERE = dict.fromkeys(PLACE, "here")   # all entries are of one file and encoder
+_HERE = dict.fromkeys(CONDITION, "here")   # all entries are of one file and encoder
 
 def _score_rows(run_id, study, task, score, seeds=SEEDS) -> pd.DataFrame:
     return pd.DataFrame([_HERE | dict(run_id=run_id, study=study, task_name=task, seed=s, score=score) for s in seeds])
