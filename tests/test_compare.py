@@ -120,12 +120,24 @@ def test_shuffled_labels(tmp_path, tiny):
     assert "nothing is learned" in page and "http" not in page   # nothing is loaded from elsewhere
 
 
-def test_leak(tmp_path, tiny):
-    "Where the text has the label, word counts are enough; the model leaves, and labels new texts."
+def test_light():
+    "What is imported from the package by name is a function, however often, and loads nothing before that."
+    lines = ["import sys, peft_study", "assert not {'torch', 'pandas', 'transformers'} & set(sys.modules)",
+             "from peft_study import compare, classify", "from peft_study import compare as again",
+             "assert callable(compare) and compare is again and callable(classify)"]
+    assert subprocess.run([PROGRAM[0], "-c", "\n".join(lines)]).returncode == 0
+
+
+def test_leak(tmp_path, tiny, monkeypatch):
+    "Where the text has the label, word counts are enough; the model leaves, and labels new texts; the study is kept."
     from peft_study import classify
+    from peft_study.answer.plan import study_of
+    from peft_study.run.config import read_study
     from transformers import pipeline
+    monkeypatch.chdir(tmp_path)
     rows = [(f"{t} {'yes' if y == 'good' else 'no'}", y) for t, y in ROWS]
-    answer, said = compared(tmp_path, tiny, rows, export=tmp_path/"model")
+    answer, said = compared(tmp_path, tiny, rows, export=tmp_path/"model", save_study=True)
+    assert read_study("rows").configs == study_of(answer.folder).configs
     assert answer.best.name == "tfidf" and "take logistic regression on TF-IDF" in said
     assert answer.best.predict(["a story yes", "a story no"]) == ["good", "bad"]
     labelled = classify(tmp_path/"model", tmp_path/"rows.csv")
