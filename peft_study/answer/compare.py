@@ -197,6 +197,7 @@ class Comparison:
     def __init__(self, folder:Path, methods, clock:Clock, say):
         self.folder, self.methods, self.clock, self.say = folder, list(methods), clock, say
         self.source, self.entries, self.skipped, self.curve = read_json(folder/"source.json"), [], 0, []
+        self.final = None   # the configuration that was best, once it is known
 
     def settings(self, plan):
         write_settings(self.folder, sections_of(self.source, plan))
@@ -228,6 +229,7 @@ class Comparison:
         for name, baseline in baselines(config).items():
             rows = train[:most] if name == "embeddings" else train
             entry = baseline_entry(name, baseline.fit(rows, tune), self.parts, self.folder)
+            if len(rows) < len(train): entry.title += f" of {len(rows):,} examples"   # all would take too long
             self.entries.append(entry)
             self.say(f"{entry.title}: {percent(entry.runs.score[0])}")
             if name != "constant": self.baseline_curve(entry, type(baseline), rows)
@@ -292,7 +294,26 @@ class Comparison(Comparison):
                 if not self.run_one(chosen[best], self.plan.seeds[:n]):
                     self.skipped += 1
                     return
-        if finalists: self.method_curve(finalists[0])
+        self.final = finalists[0] if finalists else self.final
+
+    def extend(self) -> bool:
+        "Take a fuller plan, where runs took less time than was thought."
+        def size(plan): return plan.share, plan.n_epochs, plan.n_runs
+        more = make_plan(self.methods, len(self.parts["train"]), self.speed, self.clock.left / self.clock.factor)
+        if self.skipped or not more or size(more) <= size(self.plan): return False
+        if more.share < 1: more.examples = round(more.share * self.source["train"])
+        more.seconds *= self.clock.factor
+        self.plan, self.study = more, self.settings(more)
+        self.say(f"there is time for more; {more.line()}")
+        return True
+
+    def run(self):
+        "The plan, and fuller ones as long as there is time."
+        while True:
+            self.tune()
+            self.repeat()
+            if not self.extend(): break
+        if self.final: self.method_curve(self.final)
 
     def method_curve(self, config):
         "The best method on a half and a quarter of the training set, where there is time."
@@ -354,9 +375,7 @@ def compare(file,               # CSV, TSV, JSONL, Parquet, gzip of these; a fol
         work, stopped = Comparison(folder, methods, clock, say), False
         try:
             work.begin()
-            if work.plan:
-                work.tune()
-                work.repeat()
+            if work.plan: work.run()
         except KeyboardInterrupt: stopped = True
         if not work.entries: raise KeyboardInterrupt
         if work.skipped: say(f"{work.skipped} runs are left out for want of time; the same command goes on")
@@ -425,6 +444,9 @@ def curve_figure(answer:Answer):
     for title, rows in answer.curve.groupby("title", sort=False):
         ax.plot(rows.examples, 100 * rows.score, marker="o", label=title)
     ax.set(xscale="log", xlabel="training examples", ylabel="score on dev, %")
+    longest = max((rows.examples for _, rows in answer.curve.groupby("title")), key=len)
+    ax.set_xticks(longest, [f"{n:,}" for n in longest])
+    ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     return fig
@@ -463,7 +485,9 @@ td, th { padding: .25em .7em; text-align: left; border-bottom: 1px solid #ddd; v
 
 def _shown_rows(answer:Answer) -> list[list]:
     def size(b): return f"{b / 1e6:.1f} MB" if b else ""
-    def behind(r): return f"{_signed(-r.behind)} ({_range(-r.behind_high, -r.behind_low)})"
+    def behind(r):
+        if r.method == answer.winner.name: return ""
+        return f"{_signed(-r.behind)} ({_range(-r.behind_high, -r.behind_low)})"
     return [[e.title, percent(r.score), _range(r.low, r.high), e.n, behind(r), size(e.size),
              f"{e.ms:.1f}" if e.ms == e.ms else ""] for e, r in zip(answer.entries, answer.table.itertuples())]
 
