@@ -5,6 +5,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'peft_study/answer/compare.py'),
                                            'peft_study.answer.compare.Answer.__post_init__': ( 'answer/compare.html#answer.__post_init__',
                                                                                                'peft_study/answer/compare.py'),
+                                           'peft_study.answer.compare.Answer.above': ( 'answer/compare.html#answer.above',
+                                                                                       'peft_study/answer/compare.py'),
                                            'peft_study.answer.compare.Answer.fine_tuned': ( 'answer/compare.html#answer.fine_tuned',
                                                                                             'peft_study/answer/compare.py'),
                                            'peft_study.answer.compare.Answer.row': ( 'answer/compare.html#answer.row',

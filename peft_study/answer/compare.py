@@ -119,16 +119,21 @@ class Answer:
     def __post_init__(self):
         self.entries = sorted(self.entries, key=lambda e: (-round(e.tune, 6), e.order))
         self.winner, self.task = self.entries[0], self.entries[0].task
-        known, rows = DevExamples(self.folder.parent), []
+        self.known, rows = DevExamples(self.folder.parent), []
+        known = self.known
         for e in self.entries:
             own = _known(two_level(e.runs.score.to_numpy(), known.together(known.of(e.runs))), "mean")
-            less = _known(paired(self.winner.runs, e.runs, known), "difference")
+            less = self.above(self.winner, e)
             rows.append(dict(method=e.name, title=e.title, score=own["mean"], low=own["low"], high=own["high"],
                              seeds=e.n, tuning=e.tune, behind=less["difference"], behind_low=less["low"],
                              behind_high=less["high"], bytes=e.size, ms=e.ms))
         self.table = pd.DataFrame(rows)
-        level = [e for e, row in zip(self.entries, rows) if e is self.winner or row["behind_low"] <= 1e-9]
+        def beaten(e): return any(self.above(f, e)["low"] > 1e-9 for f in self.entries[:self.entries.index(e)])
+        level = [e for e in self.entries if not beaten(e)]
         self.best = min(level, key=lambda e: e.order)
+
+    def above(self, a:Entry, b:Entry) -> dict: # difference, low, high
+        return _known(paired(a.runs, b.runs, self.known), "difference")
 
     def row(self, entry:Entry): return self.table.iloc[self.entries.index(entry)]
     @property
@@ -147,12 +152,12 @@ def percent(x:float) -> str: return f"{100 * x:.1f}".replace("-", "−")
 def _signed(x:float) -> str: return ("+" if x > 0 else "") + percent(x)
 def _range(low, high) -> str: return f"{percent(low)} to {percent(high)}"
 
-def _against(answer:Answer, other:Entry) -> str:
-    "A sentence on the best and one other entry."
-    best, row = answer.winner, answer.row(other)
-    by = f"{_signed(row.behind)} points, 95% interval {_range(row.behind_low, row.behind_high)}"
+def _against(answer:Answer, best:Entry, other:Entry) -> str:
+    "A sentence on two entries."
+    found, row = answer.above(best, other), answer.row(other)
+    by = f"{_signed(found['difference'])} points, 95% interval {_range(found['low'], found['high'])}"
     head = f"{best.title} {percent(answer.row(best).score)}, {other.title} {percent(row.score)} ({by}): "
-    if row.behind_low > 1e-9: return head + "the difference is more than chance"
+    if found["low"] > 1e-9: return head + "the difference is more than chance"
     simpler = min((best, other), key=lambda e: e.order)
     return head + f"the difference may be chance; the simpler one is {simpler.title}"
 
@@ -160,7 +165,9 @@ def verdict(answer:Answer) -> list[str]:
     "The answer in a few lines."
     best, winner = answer.best, answer.winner
     others = [e for e in answer.entries if e is not winner]
-    lines = [_against(answer, e) for e in others[:1] + [e for e in others[1:] if e.name in BASELINES]]
+    lines = [_against(answer, winner, e) for e in others[:1] + [e for e in others[1:] if e.name in BASELINES]]
+    constant = next(e for e in answer.entries if e.name == "constant")
+    if best not in (winner, constant): lines.append(_against(answer, best, constant))
     if best.name == "constant":
         lines.insert(0, "nothing is learned: no method is shown to be better than a constant prediction")
     elif best is winner: lines.insert(0, f"take {best.title}: the simpler ones are worse by more than chance")
@@ -173,7 +180,7 @@ def verdict(answer:Answer) -> list[str]:
         lines.append("whether the difference is real cannot be told from so few examples: label more, to know")
     return lines
 
-# %% ../../nbs/answer/02_compare.ipynb #535b0266
+# %% ../../nbs/answer/02_compare.ipynb #3122e153
 class Clock:
     "The time that is left, and how real runs compare with what was planned."
     MARGIN = .85   # the share of the time that is planned for
@@ -191,7 +198,7 @@ class Clock:
     def fits(self, seconds:float, reserve:float=0.) -> bool: return self.factor * (seconds + reserve) <= self.left
     def add(self, planned:float, taken:float): self.planned, self.taken = self.planned + planned, self.taken + taken
 
-# %% ../../nbs/answer/02_compare.ipynb #3122e153
+# %% ../../nbs/answer/02_compare.ipynb #77fea77c
 class Comparison:
     "The baselines and runs of one study folder, as long as there is time."
     def __init__(self, folder:Path, methods, clock:Clock, say):
@@ -244,7 +251,7 @@ class Comparison:
         self.curve.append(dict(title=entry.title, examples=len(rows), score=entry.runs.score[0]))
         if entry.name == "tfidf": entry.model.features.fit(rows)   # its counts are those of all rows again
 
-# %% ../../nbs/answer/02_compare.ipynb #77fea77c
+# %% ../../nbs/answer/02_compare.ipynb #bd57bb0d
 class Comparison(Comparison):
     __doc__ = Comparison.__doc__
 
@@ -339,7 +346,7 @@ def _quiet():
     from rich.console import Console
     return Console(file=io.StringIO())
 
-# %% ../../nbs/answer/02_compare.ipynb #d9bf2013
+# %% ../../nbs/answer/02_compare.ipynb #4cde90f1
 def no_bars():
     "Let transformers load weights in silence, as when a run begins."
     from transformers.utils import logging
@@ -385,7 +392,7 @@ def compare(file,               # CSV, TSV, JSONL, Parquet, gzip of these; a fol
         if export: export_best(answer, export, say)
     return answer
 
-# %% ../../nbs/answer/02_compare.ipynb #4cde90f1
+# %% ../../nbs/answer/02_compare.ipynb #da88227a
 def finish(answer:Answer, parts, clock:Clock, say):
     "Time the models, print the table and the verdict, write the page."
     some = parts["dev"][:64]
@@ -413,7 +420,7 @@ def save_sections(folder:Path, say=print):
     write_atomic(file, there + "\n" * bool(there) + own)
     say(f"settings.ini: [{name}] and its task; peft-study study {name} goes on, peft-study report {name} reports")
 
-# %% ../../nbs/answer/02_compare.ipynb #eade8d0d
+# %% ../../nbs/answer/02_compare.ipynb #4bcb2809
 def _picture(fig, words:str) -> str:
     import matplotlib.pyplot as plt
     with io.BytesIO() as f:
@@ -451,7 +458,7 @@ def curve_figure(answer:Answer):
     ax.spines[["top", "right"]].set_visible(False)
     return fig
 
-# %% ../../nbs/answer/02_compare.ipynb #4bcb2809
+# %% ../../nbs/answer/02_compare.ipynb #2efe3f88
 def _html_table(header, rows) -> str:
     def cells(kind, values): return "".join(f"<{kind}>{html.escape(str(v))}</{kind}>" for v in values)
     lines = [f"<tr>{cells('th', header)}</tr>", *(f"<tr>{cells('td', row)}</tr>" for row in rows)]
@@ -477,7 +484,7 @@ def mistakes(task, rows, outputs, most:int=10) -> list[list]:
     def text(e): return " ¶ ".join(filter(None, (e.a, e.b)))[:400]
     return [[text(rows[i]), shown(y[i]), shown(said[i]), f"{certain[i]:.3f}"] for i in worst]
 
-# %% ../../nbs/answer/02_compare.ipynb #2efe3f88
+# %% ../../nbs/answer/02_compare.ipynb #a326949a
 _STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em }
 img { max-width: 100% } table { border-collapse: collapse; font-size: 14px }
 td, th { padding: .25em .7em; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
@@ -523,7 +530,7 @@ def page_of(answer:Answer, parts) -> str:
     return _PAGE.format(title=html.escape(answer.task.title), style=_STYLE, first=first, sections=sections,
                         rest="".join(f"<p>{line}</p>" for line in rest))
 
-# %% ../../nbs/answer/02_compare.ipynb #379295ea
+# %% ../../nbs/answer/02_compare.ipynb #4d41862d
 ABOUT = "peft_study.json"
 
 def _check_new(to):
@@ -545,7 +552,7 @@ def export_best(answer:Answer, to, say=print):
     card.write_text(read_text(card) + f"\n## How it was chosen\n\n{chosen}\n", encoding="utf-8")
     say(f"{to}: {entry.title}, for {library_of(config)}; its card says how to load it")
 
-# %% ../../nbs/answer/02_compare.ipynb #4d41862d
+# %% ../../nbs/answer/02_compare.ipynb #5d10f6a0
 def _load_exported(folder:Path):
     "A function of two lists of texts (the second may be None) that gives outputs, (texts, outputs)."
     import torch
