@@ -227,7 +227,7 @@ def test_tasks_that_no_method_learns(tmp_path):
         add(task, "full", best)
         for rank, worse in ((4, .2), (8, .1)): add(task, "lora", best - worse, rank=rank)
     paper = Paper("made_up", tmp_path)
-    assert [place[0] for place in paper.idle] == ["wnli"]
+    assert [place[0] for place in paper.unlearned] == ["wnli"]
     assert {place[0] for place in paper.comparisons[["task_name"]].values} == {"rte", "wnli"}
     lora = against(paper).set_index("label").loc["lora"]
     assert lora.n == 1 and lora.difference == paper.comparisons.set_index("task_name").difference["rte"]
@@ -326,7 +326,7 @@ def test_no_task_is_learned(tmp_path):
     for method, accuracy in (("full", .4), ("lora", .3)):
         for seed in (1, 2, 3): run_folder(tmp_path, accuracy, method=method, seed=seed)
     paper = Paper("made_up", tmp_path)
-    assert paper.idle == [] and "no method has learned on RTE" in in_short(paper) and len(against(paper)) == 1
+    assert paper.unlearned == [] and "no method has learned on RTE" in in_short(paper) and len(against(paper)) == 1
 
 
 @pytest.mark.parametrize("method, name", [("head", "The linear probe"), ("full", "Full fine-tuning")])
