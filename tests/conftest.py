@@ -1,8 +1,10 @@
-import json, os, socket, subprocess, sys
+import json, os, signal, socket, subprocess, sys
 from pathlib import Path
 from threading import Thread
 import psutil, pytest
 from peft_study.tasks.data import glue_folder
+
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs ignore it, and hand that on
 
 REPO = Path(__file__).parents[1]
 QUICK = "--checkpoint minilm --data demo --max-train-examples 64 --max-eval-examples 32 --n-epochs 1".split()

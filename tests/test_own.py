@@ -96,7 +96,7 @@ def test_from_run_to_report(command, own):
     code, out, err = command("report", "mine", "--to", "html", cwd=own)
     assert code == 0, err
     html = (own/"outputs/mine/report/report.html").read_text()
-    for words in ("reviews", "accuracy/macro F1/RECALL", "mine_too:Shift", "torch.optim:SGD"): assert words in html
+    for words in ("reviews", "accuracy/macro F1/RECALL", "Shift", "torch.optim:SGD"): assert words in html
     assert "no GLUE score" not in html and "fine-tuning on GLUE" not in html
 
     code, out, err = command("list")   # where no settings.ini knows the tasks
@@ -120,7 +120,7 @@ def test_changed_code(command, own):
     assert code == 2 and "method 'mine_too:Shift': its code has changed since boolq-Shift" in err and one_line(err), err
     code, out, err = command(*one_task, cwd=own)
     assert code == 0 and "1 of 2 runs are finished already" in err, err
-    assert "1 runs are of a former choice, or code" in err + out
+    assert "1 runs are of an earlier choice, or code" in err + out
     results = list(csv.DictReader(open(own/"outputs/mine/results.csv")))
     assert {row["stage"] for row in results if row["run_id"] == former.name} == {"superseded"} and len(results) == 3
 
