@@ -5,11 +5,12 @@ from importlib.machinery import ModuleSpec
 
 __version__ = "0.2.0"
 
-# Where modules were until 0.1. The code of one's own tasks and methods is part of what names their runs: with its imports
-# changed, a finished run would be another one. So the former names of modules go on, without a file for each.
+# Where modules were until 0.1. The code of one's own tasks and methods is part of what names their runs: with other
+# imports, a finished run would be another one. So the former names of modules go on, without a file for each.
 _ROOMS = dict(tasks="glue demo data", run="config model speed runs resume predict train stack kernels",
               results="statistics plots", share="exchange cards submission", study="records sweep cluster")
-_MOVED = {f"peft_study.{module}": f"peft_study.{room}.{module}" for room, names in _ROOMS.items() for module in names.split()}
+_MOVED = {f"peft_study.{module}": f"peft_study.{room}.{module}"
+          for room, modules in _ROOMS.items() for module in modules.split()}
 
 class _Moved:
     "Finds modules under their former names (`sys.meta_path`), and loads what is at the new one."

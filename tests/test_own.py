@@ -1,5 +1,6 @@
 "What a user brings: a task, a method, a metric, an optimiser, in settings.ini or a module, from `run` to the report."
 import csv, json
+from importlib import import_module
 import pytest
 
 SETTINGS = """
@@ -211,3 +212,13 @@ def test_metrics():
     from peft_study.tasks.glue import METRICS, check_metric
     for name, metric in METRICS.items():
         for seed in range(5): assert check_metric(metric, seed=seed) < 1e-9, name
+
+
+def test_former_names_of_modules():
+    "Code of one's own that names modules as they were goes on, with the same classes; other names are unknown."
+    import peft_study
+    for former, now in peft_study._MOVED.items(): assert import_module(former) is import_module(now), former
+    from peft_study.glue import Task
+    from peft_study.tasks import glue
+    assert Task is glue.Task
+    with pytest.raises(ModuleNotFoundError): import_module("peft_study.never")

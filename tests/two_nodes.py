@@ -1,4 +1,4 @@
-"`python two_nodes.py FOLDER COMMAND …`: the command beside two Ray nodes; one goes away when two runs in FOLDER train."
+"`python two_nodes.py FOLDER COMMAND …`: the command beside two Ray nodes; one goes away when two runs train there"
 import os, subprocess, sys, time
 from pathlib import Path
 from ray.cluster_utils import Cluster
