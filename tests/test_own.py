@@ -2,6 +2,8 @@
 import csv, json
 from importlib import import_module
 import pytest
+from peft_study.run.config import RunConfig
+from peft_study.run.stack import stack_key
 
 SETTINGS = """
 [task.boolq]
@@ -222,3 +224,12 @@ def test_former_names_of_modules():
     from peft_study.tasks import glue
     assert Task is glue.Task
     with pytest.raises(ModuleNotFoundError): import_module("peft_study.never")
+
+
+def test_a_subclass_does_not_stack(tmp_path, monkeypatch):
+    "It may compute otherwise than the method that it is made from: its runs stand alone until it says that they stack."
+    (tmp_path/"sub_lora.py").write_text("from peft_study.methods.lora import LoRA\nclass Sub(LoRA): pass\n"
+                                        "class Says(LoRA): stacks = LoRA.stacks\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    def key(method): return stack_key(RunConfig(task_name="cola", data="demo", checkpoint="minilm", method=method))
+    assert key("sub_lora:Sub") is None and key("sub_lora:Says") and key("lora")
