@@ -56,14 +56,15 @@ def arcs(rows:dict[str, str], # name → what stands beside it
     import matplotlib.pyplot as plt
     from matplotlib.patches import Arc
     height = {name: -i for i, name in enumerate(rows)}
-    fig, ax = plt.subplots(figsize=(8, .36 * len(rows) + .2))
+    fig, ax = plt.subplots(figsize=(6.6, .36 * len(rows) + .2))
+    farthest = max((abs(height[start] - height[end]) for start, end in links), default=0)
     for name, text in rows.items():
         ax.text(0, height[name], name, va="center", fontsize=10, weight="bold", family="monospace")
         ax.text(2.1, height[name], text, va="center", fontsize=8.5, color="#444444")
     for start, end in links:
         middle, span = (height[start] + height[end]) / 2, abs(height[start] - height[end])
         ax.add_patch(Arc((-.15, middle), .42 * span, span, theta1=90, theta2=270, color="#0173b2", alpha=.45))
-    ax.set(xlim=(-.25 * len(rows), 10), ylim=(-len(rows) + .4, .6))
+    ax.set(xlim=(-.2 - .21 * farthest, 10), ylim=(-len(rows) + .4, .6))
     ax.axis("off")
 
 def without_shortcuts(links:set[tuple[str, str]]) -> set[tuple[str, str]]:
