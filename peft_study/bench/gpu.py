@@ -373,20 +373,26 @@ def main_parts(tiny:bool, encoder:str, method:str):
 
 # %% ../../nbs/bench/02_gpu.ipynb #b6808fcd
 def all_parts(tiny:bool=False) -> list[Part]:
-    lora, full = ([p for e in ENCODERS for p in main_parts(tiny, e, method)] for method in ("lora", "full"))
+    "What is asked most comes first."
     work, size, n = dict(tiny=tiny), 2 if tiny else 16, 2 if tiny else 8
-    own = cases("ours", "bf16", runs=size, own=True)
     short = dict(work, tokens=(6, 24))
+    own = cases("ours", "bf16", runs=size, own=True)
+    studied = cases("ours", "bf16", runs=2 if tiny else 5, own=True)   # the seeds of a cell
     both = [*cases("ours", "bf16"), *cases("ours", "bf16", runs=size), *cases("peer", "bf16")]
     def part(name, measure, *args): return Part(name, f"peft_study.bench.gpu:{measure}", args)
-    parts = lora + [
+    parts = [
+        *main_parts(tiny, "MiniLM", "lora"),
+        part("stacks of runs with batches of their own", "measure_cases", work, own + studied),
+        part(f"{n} processes of stacks", "measure_processes", work, studied, n),
+        part("processes with MPS", "measure_with_mps", work, cases("ours", "bf16") + studied + cases("peer", "bf16"), n),
+        *main_parts(tiny, "MiniLM", "full"),
+        *main_parts(tiny, "BERT-base", "lora"),
         part("short sentences", "measure_cases", short, both),
-        part("stacks of runs with batches of their own", "measure_cases", work, own)] + full + [
         part("the peer compiled", "measure_cases", work, cases("peer compiled", "bf16")),
-        part("attention and autocast", "measure_variants", work),
-        part("waits", "measure_waits", work),
         part("the same bits", "measure_bits", dict(max_steps=4 if tiny else 60, max_eval_examples=100)),
-        part("processes with MPS", "measure_with_mps", work, [*cases("ours", "bf16"), *cases("peer", "bf16")], n)]
+        *main_parts(tiny, "BERT-base", "full"),
+        part("attention and autocast", "measure_variants", work),
+        part("waits", "measure_waits", work)]
     return [replace(p, limit=300) for p in parts] if tiny else parts   # a processor may be slow
 
 # %% ../../nbs/bench/02_gpu.ipynb #a20d7463
