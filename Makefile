@@ -27,7 +27,7 @@ report: setup
 	$(BIN)/peft-study report $(STUDY)
 
 paper: setup   # reports/paper.html and .pdf, of what is stored
-	$(BIN)/python -c "from peft_study.report.report import render; print(*render('reports/paper.ipynb')[0], sep='\n')"
+	$(BIN)/python -c "from peft_study.report.facts import make_paper; print(*make_paper(), sep='\n')"
 
 docs: setup
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \

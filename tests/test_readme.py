@@ -1,24 +1,82 @@
 "README's numbers are those of the records."
-import json, re
+import json, re, shutil
+from unittest.mock import patch
 from zipfile import ZipFile
+import nbformat
 import pandas as pd
 import pytest
 from conftest import REPO
 from peft_study.bench.bench import against_peers, ratios
-from peft_study.cli import write_findings
-from peft_study.results.plots import number
+from peft_study.files import BadInput
+from peft_study.report.facts import Facts, README_PART, execute_paper, readme_part
 
 TEXT = (REPO/"README.md").read_text()
 
 
 def test_findings(tmp_path):
-    "The first screen is what `publish` writes from the records."
-    page, place = tmp_path/"README.md", "(<!-- findings of small: begin -->\n).*(<!-- findings of small: end -->)"
-    emptied = re.sub(place, r"\1\2", TEXT, flags=re.DOTALL)
-    assert len(emptied) < len(TEXT)
-    page.write_text(emptied)
-    write_findings(page, REPO/"reports/records")
-    assert page.read_text() == TEXT
+    "The first screen is what the paper shows, whose numbers and claims are checked in its execution."
+    executed = execute_paper(tmp_path/"paper.ipynb")
+    found = README_PART.search(TEXT)
+    assert found and found[0] == found[1] + readme_part(executed) + found[2]
+
+
+def written_paper(core) -> dict:
+    "The names of the paper's summary, computed from these records of `core`."
+    from peft_study.report import facts
+    cells = [c.source for c in nbformat.read(REPO/"reports/paper.ipynb", 4).cells if c.cell_type == "code"]
+    code = "\n".join(cells[:3]).replace("%config InlineBackend", "# %config InlineBackend")
+    names = {"facts": None}
+    known = facts.facts   # which reads each study once
+    with patch.object(facts, "facts", lambda study: core if study == "core" else known(study)): exec(code, names)
+    return names
+
+
+def test_claims(tmp_path):
+    "A number that changes in the records changes the text; a claim that is no longer true fails by its words."
+    records = tmp_path/"core"
+    shutil.copytree(REPO/"reports/records/core", records)
+    core = Facts("core", records)
+    before = written_paper(core)["short"]
+    assert core.megabytes("adapter") < 1 and "0.7 MB" in before
+    worse = [json.loads(line) for line in (records/"runs.jsonl").read_text().splitlines()]
+    for run in worse:
+        if run["config"]["method"] == "adapter": run["result"]["cost"]["adapter_bytes"] *= 2
+    (records/"runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in worse))
+    assert "become 1.3 MB" in written_paper(Facts("core", records))["short"]
+    for run in worse:
+        if run["config"]["method"] == "adapter": run["result"]["score"] -= .05
+    (records/"runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in worse))
+    with pytest.raises(AssertionError, match="stay within 1.5 points of training everything"):
+        written_paper(Facts("core", records))
+
+
+def test_facts():
+    "What is asked of a method that the study does not have is one line."
+    core = Facts("core")
+    with pytest.raises(BadInput, match="'lorra' is not reported on"): core.difference("lorra")
+    with pytest.raises(BadInput, match="'lora' is not reported on rte"): core.difference("lora")
+    with pytest.raises(BadInput, match="no published records"): Facts("no_such")
+
+
+def test_code(tmp_path, monkeypatch):
+    "README's lines for one's own code run as they stand."
+    from transformers import BertConfig, BertForSequenceClassification
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100)
+    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained("tiny")
+    rows = [dict(input_ids=[1 + i] * 8, attention_mask=[1] * 8, labels=i % 2) for i in range(8)]
+    code = re.search("```python\n(.*?)```", TEXT, re.DOTALL)[1]
+    names = dict(checkpoint="tiny", rows=rows)
+    exec(code, names)
+    assert not any("lora" in name for name in BertForSequenceClassification.from_pretrained("merged").state_dict())
+    assert (tmp_path/"adapter/adapter_config.json").is_file()
+
+
+def test_length():
+    "The first screen is short, and so is the whole."
+    first = TEXT.partition("```bash")[0]
+    assert len([w for line in first.splitlines() if not line.startswith("|") for w in line.split()]) <= 250
+    assert len(TEXT.splitlines()) <= 150
 
 
 def test_submission(command, glue, tmp_path):
@@ -30,11 +88,6 @@ def test_submission(command, glue, tmp_path):
     assert (made/"manifest.json").read_text() == (published/"manifest.json").read_text()
     with ZipFile(published/"submission.zip") as z:
         for name in z.namelist(): assert (made/name).read_bytes() == z.read(name), name
-
-
-def mean_and_spread(scores) -> str:
-    "Such as `0.17 ± 0.08`."
-    return f"{number(scores.mean(), 'z.2f')} ± {number(scores.std(), 'z.2f')}"
 
 
 def test_untrained(glue):
@@ -60,17 +113,6 @@ def test_untrained(glue):
     labels = [e.label for e in pairs]
     for metric in ("pearson", "spearman"):
         assert METRICS[metric](cosine, labels) == pytest.approx(row[metric], abs=1e-3)
-
-
-def test_demo_table():
-    runs = pd.read_csv(REPO/"reports/records/demo/results.csv")
-    names = dict(lora="LoRA r = {}", adapter="adapters m = {}", full="full fine-tuning",
-                 head="linear probe (pooler and head)")
-    for (method, size), cell in runs.groupby(["method", "size"]):
-        scores = [mean_and_spread(cell.score[cell.task_name == task]) for task in ("cola", "sst2")]
-        row = [names[method].format(size[1:]), f"{cell.parameters_trainable.iloc[0]:,}", *scores]
-        assert f"| {' | '.join(row)} |" in TEXT
-    assert f"{len(runs)} runs" in TEXT
 
 
 @pytest.mark.parametrize("side, written", [("ours", r"LoRA on MiniLM trains ([\d.]+) times"),

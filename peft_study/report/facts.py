@@ -31,8 +31,9 @@ class Difference:
     mean: float
     low: float
     high: float
-    n: int     # seeds
+    n: int         # seeds
     p: float
+    tasks: int = 1
 
     def __str__(self): return f"{number(self.mean, '+z.1f')} ({number(self.low)} to {number(self.high)})"
 
@@ -72,7 +73,8 @@ class Facts:
                   ) -> Difference:
         tasks = tasks or self.tasks()
         found = paired(self.runs(label, tasks), self.runs(against, tasks), self.examples)
-        return Difference(*(100 * found[k] for k in ("difference", "low", "high")), found["n"], found["p"])
+        points = (100 * found[k] for k in ("difference", "low", "high"))
+        return Difference(*points, found["n"], found["p"], len(tasks))
 
     def score(self, label:str, *tasks) -> float:
         "Percent, the mean over seeds, then over tasks (default: all)."
@@ -130,10 +132,10 @@ def by_epoch(self:Facts, label:str, against:str="full", tasks=None) -> list[floa
     return (100 * (curves[label] - curves[against]).groupby("epoch").mean()).tolist()
 
 @patch
-def late_gain(self:Facts, label:str, epochs:int=2) -> float:
-    "Points that the tuning score gains in so many last epochs, on the task where it gains most."
+def late_gains(self:Facts, label:str, epochs:int=2): # task → points
+    "What the tuning score gains in so many last epochs."
     rows = self.epochs[self.epochs.label == label].groupby(["task_name", "epoch"]).tune_score.mean().unstack()
-    return float(100 * (rows.iloc[:, -1] - rows.iloc[:, -1 - epochs]).max())
+    return 100 * (rows.iloc[:, -1] - rows.iloc[:, -1 - epochs])
 
 @patch(as_prop=True)
 def questions(self:Facts) -> dict: # label → row of `answers`
@@ -160,7 +162,8 @@ def forest(study:Facts, rows:dict[str, Difference], # label → its difference
         ax.plot(d.mean, height, "o", color=colours[label], ms=9)
         beside = f"{study.parameters(label):,}   {study.megabytes(label):.1f} MB"
         ax.annotate(beside, (1.02, height), xycoords=("axes fraction", "data"), va="center", fontsize=12)
-    ax.set_yticks(range(len(rows)), [shown_method(label) for label in rows], fontsize=13)
+    few = {label: f", {d.tasks} tasks" if d.tasks < len(study.tasks()) else "" for label, d in rows.items()}
+    ax.set_yticks(range(len(rows)), [shown_method(label) + few[label] for label in rows], fontsize=13)
     ax.tick_params(axis="x", labelsize=12)
     ax.invert_yaxis()
     ax.xaxis.set_major_formatter(lambda value, _: number(value, "g"))
@@ -215,9 +218,12 @@ def execute_paper(to): # the executed notebook is written there
 def make_paper() -> list[Path]: # the files made
     "Execute the paper, write README's part of it, and render it."
     paper, page = root()/"reports"/"paper.ipynb", root()/"README.md"
-    executed = with_whole_words(execute_paper(paper))
-    for part in (executed, *executed.cells): part.metadata.pop("papermill", None)
-    nbformat.write(executed, paper)
+    executed = execute_paper(paper)
     part = readme_part(executed)
     page.write_text(README_PART.sub(lambda found: found[1] + part + found[2], page.read_text("utf-8")), "utf-8")
+    for cell in executed.cells:
+        cell.metadata.pop("papermill", None)
+        if "readme" in cell.metadata.get("tags", ()): cell.outputs = []   # README has it
+    executed.metadata.pop("papermill", None)
+    nbformat.write(with_whole_words(executed), paper)
     return render(paper)[0]
