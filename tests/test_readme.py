@@ -5,20 +5,9 @@ import pandas as pd
 import pytest
 from conftest import REPO
 from peft_study.bench.bench import against_peers, ratios
-from peft_study.cli import write_findings
 from peft_study.results.plots import number
 
 TEXT = (REPO/"README.md").read_text()
-
-
-def test_findings(tmp_path):
-    "The first screen is what `publish` writes from the records."
-    page, place = tmp_path/"README.md", "(<!-- findings of small: begin -->\n).*(<!-- findings of small: end -->)"
-    emptied = re.sub(place, r"\1\2", TEXT, flags=re.DOTALL)
-    assert len(emptied) < len(TEXT)
-    page.write_text(emptied)
-    write_findings(page, REPO/"reports/records")
-    assert page.read_text() == TEXT
 
 
 def test_submission(command, glue, tmp_path):
