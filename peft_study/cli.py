@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 import typer
-from .files import foreign_settings, read_json, repository, shortened
+from .files import foreign_settings, read_json, shortened
 from .tasks.glue import BadInput, get_task, in_order
 
 # %% ../nbs/02_cli.ipynb #c1000006

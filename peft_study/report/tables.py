@@ -312,7 +312,7 @@ def untrained(view:View) -> dict: # condition → score
     return {tuple(run[CONDITION]): known[run.checkpoint, run.task_name] for _, run in runs.iterrows()
             if (run.checkpoint, run.task_name) in known}
 
-# %% ../../nbs/report/01_tables.ipynb #20a27503
+# %% ../../nbs/report/01_tables.ipynb #3c526bc1
 DECISIONS = {"within": "within the margin", "below": "below by more", "open": "open", "": "—"}
 
 def _titles(tasks) -> str: return listed(get_task(task).title for task in tasks)
@@ -326,8 +326,9 @@ def question_table(view:View) -> str:
     for f in view.answers.to_dict("records"):
         sides = [named(f["label"], f["size"]), named(f["against"], f["against_size"])]
         most = percent(f["at_most"]) if f["low"] == f["low"] else "—"
+        decided = DECISIONS[f["verdict"]] if f["n"] else _no_answer(f["lacks"])
         rows.append([*sides, points(f["difference"]), interval_text(f["low"], f["high"]), f["n"] or "—",
-                     p_text(f["p"]), p_text(f["p_holm"]), most, DECISIONS[f["verdict"]] if f["n"] else _no_answer(f["lacks"])])
+                     p_text(f["p"]), p_text(f["p_holm"]), most, decided])
     header = ["method", "against", "difference", "95% interval", "seeds", "p", "p (Holm)", "at most below", "decision"]
     return markdown_table(header, rows, right=2)
 
