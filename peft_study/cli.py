@@ -7,8 +7,8 @@ __all__ = ['app', 'Outputs', 'Minutes', 'Push', 'RunFolder', 'FinishedStudy', 's
            'warn_of_settings', 'warn_of_budgets', 'advise_on_pooling', 'report_run', 'print_whole', 'print_table',
            'trainable_parameters', 'unreadable_data', 'list_study', 'config_flags', 'check', 'run', 'list_', 'evaluate',
            'export', 'run_and_summarise', 'study_', 'demo', 'write_report', 'report_', 'trace', 'predict', 'score',
-           'write_page', 'write_findings', 'publish', 'compare_', 'classify_', 'pack', 'adopt', 'measure_on_gpu',
-           'bench_', 'methods', 'doctor']
+           'write_page', 'publish', 'compare_', 'classify_', 'pack', 'adopt', 'measure_on_gpu', 'bench_', 'methods',
+           'doctor']
 
 # %% ../nbs/02_cli.ipynb #c1000003
 import errno, inspect, os, re, sys
@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 import typer
-from .files import foreign_settings, read_json, repository, shortened
+from .files import foreign_settings, read_json, shortened
 from .tasks.glue import BadInput, get_task, in_order
 
 # %% ../nbs/02_cli.ipynb #c1000006
@@ -538,7 +538,7 @@ def write_report(study, outputs, to):
 @app.command("report")
 def report_(study:FinishedStudy, outputs:Outputs=Path("outputs"),
             to:Annotated[str, typer.Option(help="html, typst (for a PDF), or both with a comma")]="html,typst"):
-    "The study as a paper, HTML and PDF; with its published records, where the repository has some."
+    "The study as a report, HTML and PDF; with its published records, where the repository has some."
     from peft_study.study.records import RUNS_FILE, adopt_all, records_folder
     if (records_folder(study)/RUNS_FILE).is_file(): adopt_all(outputs)   # others too, for what is compared with them
     write_report(study, outputs, _split(to))
@@ -601,32 +601,16 @@ def write_page(study, outputs, folder):
     save(score_vs_parameters(runs, examples=DevExamples(outputs)), folder/"score_vs_parameters")
     study_card(study, cells, "score_vs_parameters.png").save(folder/"README.md")
 
-def write_findings(page, records): # a Markdown file; reports/records
-    "What published studies have found, where a page has `<!-- findings of STUDY: begin -->` and `end`."
-    from peft_study.report.paper import Paper, in_short
-    from peft_study.study.records import adopt_all
-    marked = re.compile(r"(<!-- findings of ([\w-]+): begin -->\n).*?(<!-- findings of \2: end -->)", re.DOTALL)
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if not marked.search(text): return
-    with TemporaryDirectory() as outputs:   # other studies too: findings have their comparisons of pairs
-        adopt_all(outputs, records)
-        def filled(found): return f"{found[1]}{in_short(Paper(found[2], outputs))}\n{found[3]}"
-        page.write_text(marked.sub(filled, text), encoding="utf-8")
-
 @app.command()
 def publish(study:FinishedStudy, outputs:Outputs=Path("outputs"),
             to:Annotated[Optional[Path], typer.Option(help="default: reports/records/STUDY")]=None,
             push:Push=None):
-    """Put what readers need of a study where the repository keeps it, with a page, and what it found into README where
-    that has a place for it; a study goes on from there."""
+    "Put what readers need of a study where the repository keeps it, with a page; a study goes on from there."
     from peft_study.share.cards import check_push, push as upload
-    from peft_study.study.records import PAPER, publish, published_runs, store_paper
+    from peft_study.study.records import publish, published_runs
     if push: check_push(push)
     folder = publish(study, outputs, to)
     write_page(study, outputs, folder)
-    if to is None and repository():
-        write_findings(repository()/"README.md", folder.parent)
-        if study == PAPER and (Path(outputs)/study/"report"/"report.ipynb").is_file(): store_paper(study, outputs)
     megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
     print(f"{os.path.relpath(folder)}: {len(published_runs(folder))} runs, {megabytes:.1f} MB")
     if push: print(upload(folder, push, "dataset"))

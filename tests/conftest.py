@@ -20,7 +20,7 @@ def flags(**given):
 FORKS = """
 import json, os, sys, traceback
 import matplotlib.pyplot, pandas, torch, transformers
-import peft_study.report.paper, peft_study.share.exchange, peft_study.study.sweep
+import peft_study.report.tables, peft_study.share.exchange, peft_study.study.sweep
 from peft_study.cli import main
 for line in sys.stdin:
     args, cwd, out, err = json.loads(line)

@@ -1,13 +1,13 @@
 "What is said about runs, where the truth is known: run folders with made-up results."
-import json, math, shutil
+import json, math, re, shutil
 from itertools import product
 import nbformat, numpy as np, pandas as pd, pytest
 from fabricate import final_seeds, run_folder
 from peft_study.tasks.glue import BadInput
-from peft_study.report.paper import (Paper, abstract, against, conclusion, in_short, init_table, init_verdict, limits,
-                                     map_figure, other_methods, parameters_text, percent, points_from, protocol_text,
-                                     scores_text, status_text, with_interval)
-from peft_study.report.report import Trace, execute_report, main_table, pair_table, save_trace
+from peft_study.report.report import Trace, execute_report, percent, points, save_trace
+from peft_study.report.tables import (View, baseline, cost_table, data_table, difference_table, facts, forest,
+                                      main_table, missing_table, other_methods, pair_table, paired_table, panels,
+                                      parameters_figure, question_table, study_table, unlearned)
 from peft_study.results.table import (DevExamples, best_runs, cell_means, compare, compare_pairs, floors, learned,
                                       load_runs, not_reported, paired, pairs, predictions_of, publish_predictions,
                                       reported)
@@ -55,7 +55,7 @@ def test_ours_and_the_official_implementation(tmp_path):
 
 
 def test_starts_of_adapters(tmp_path):
-    "What another study of the same outputs compares is said, and what planted scores must give; alone or beside."
+    "Planted differences come out, in the report of the study that has the pairs, and in no other."
     for task in ("rte", "mrpc"):
         run_folder(tmp_path, .8, task_name=task, method="full", max_train_examples=100)   # other data, to a table
         for size, init in product((1, 64), ("near", "framework")):
@@ -65,13 +65,9 @@ def test_starts_of_adapters(tmp_path):
                 gain = (.2 * (size == 1) + .001 * (seed - 3)) * (init == "near")
                 result = json.loads((folder/"result.json").read_text())
                 (folder/"result.json").write_text(json.dumps(result | dict(score=.6 + gain)))
-    for study in ("made_up", "ablation_init"):
-        text, table = init_verdict(Paper(study, tmp_path)), init_table(Paper(study, tmp_path))
-        assert text.startswith("On MRPC and RTE at a learning rate of 2e-3, adapters with m = 1 that start near the "
-                               "identity are 20.0 points above those that start at the framework's default on "
-                               "average over 2 tasks (19.8 to 20.2): better on 2.")
-        assert "Adapters with m = 64 that start near the identity are level with those" in text
-        assert table.count("+20.0") == 2 and table.count("| RTE |") == 2
+    table = paired_table(View("ablation_init", tmp_path), "init")
+    assert table.count("+20.0") == 2 and table.count("| 0.0 |") == 2 and table.count("| RTE |") == 2
+    assert paired_table(View("made_up", tmp_path), "init") == ""
 
 
 def asking(outputs, primary, seeds=(), **more):
@@ -92,19 +88,38 @@ def test_questions_asked_beforehand(tmp_path):
         (folder/"result.json").write_text(json.dumps(result | dict(score=score)))
         shutil.rmtree(folder/"predictions")   # chance of the seeds alone
     asking(tmp_path, [dict(label=m) for m in ("adapter", "lora", "bitfit")], margin=1.5)
-    paper = Paper("made_up", tmp_path)
-    found, text = paper.answers.set_index("label"), in_short(paper)
+    view = View("made_up", tmp_path)
+    found, text = view.answers.set_index("label"), question_table(view)
     assert found.verdict.to_dict() == dict(adapter="within", lora="below", bitfit="open")
     assert np.allclose(found.difference, [-.002, -.05, -.02], atol=.01) and set(found.n) == {5}
     assert found.p.idxmin() == "lora" and math.isclose(found.p_holm["lora"], 3 * found.p["lora"])
-    for label, verdict in dict(adapter="within", lora="beyond", bitfit="open at").items():
-        answer = f"at most {percent(-found.low[label])} points below, {verdict} the margin of 1.5 points."
-        assert answer in text and answer in conclusion(paper), text
+    for label, decision in dict(adapter="within the margin", lora="below by more", bitfit="open").items():
+        assert f"| {percent(-found.low[label])} | {decision} |" in text, text
     report = said(execute_report("made_up", tmp_path))
-    assert report.count("The study declares 3 questions with its grid, on the mean over RTE and MRPC.") == 1
-    assert report.count("p (Holm)") == 1 and "All other comparisons are descriptive" in report
-    assert report.count("by Holm's correction over 3 questions") == 6   # a line each, in the results and at the end
+    assert report.count("p (Holm)") == 1 and "| questions asked beforehand | 3, margin 1.5 points |" in report
     assert "99%" not in report and "Wilcoxon" not in report
+
+
+def test_facts_are_one_table(tmp_path):
+    "What the report's tables say of a difference is the row of the facts; a mean lacks an answer where a task does."
+    planted = dict(full=dict(rte=.9, mrpc=.8), lora=dict(rte=.8, mrpc=.75), ia3=dict(rte=.7))
+    for method, of_tasks in planted.items():
+        for (task, accuracy), seed in product(of_tasks.items(), (1, 2, 3)):
+            run_folder(tmp_path, accuracy, task_name=task, method=method, seed=seed)
+    view = View("made_up", tmp_path)
+    found = facts(view).set_index(["where", "label"])
+    assert list(panels(view)) == ["mean of 2 tasks", "MRPC", "RTE"] and baseline(view) == "full"
+    mean, (mrpc, rte) = found.loc[("mean of 2 tasks", "lora")], (found.loc[(t, "lora")] for t in ("MRPC", "RTE"))
+    assert abs(mean.difference - (mrpc.difference + rte.difference) / 2) < 1e-12
+    assert mean.low < mean.difference < mean.high
+    lacking = found.loc[("mean of 2 tasks", "ia3")]
+    assert lacking.n == 0 and lacking.lacks == ["mrpc"] and ("MRPC", "ia3") not in found.index
+    text = difference_table(view).replace("\u00a0", " ")
+    assert f"| {points(mean.difference)} | {points(mean.low)} to {points(mean.high)} | 3 |" in text
+    assert "no answer yet: MRPC" in text
+    drawn = {t.get_text() for ax in forest(view).axes for t in ax.texts}
+    assert {"no answer yet", "LoRA, r = 8", "(IA)³"} <= drawn and [ax.get_title() for ax in forest(view).axes][:3] == [
+        "mean of 2 tasks", "MRPC", "RTE"]
 
 
 def test_choosing_on_dev_is_compared_with_what_is_reported(tmp_path):
@@ -113,10 +128,10 @@ def test_choosing_on_dev_is_compared_with_what_is_reported(tmp_path):
         run_folder(tmp_path, dev, tune=tune, method="lora", lr=rate, seed=0, tune_share=.1)
     for seed in (1, 2, 3): run_folder(tmp_path, .7, tune=.8, method="lora", lr=2e-3, seed=seed, tune_share=.1)
     final_seeds(tmp_path, [1, 2, 3])
-    paper = Paper("made_up", tmp_path)
-    [row] = paper.usual.to_dict("records")
-    grid = paper.done[paper.done.stage == "tune"]
-    assert row["usual"] == grid.dev_best_score.max() and abs(row["fair"] - paper.runs.score.mean()) < 1e-12
+    view = View("made_up", tmp_path)
+    [row] = view.usual.to_dict("records")
+    grid = view.done[view.done.stage == "tune"]
+    assert row["usual"] == grid.dev_best_score.max() and abs(row["fair"] - view.runs.score.mean()) < 1e-12
     assert row["usual"] - row["fair"] > .15
 
 
@@ -209,10 +224,10 @@ def test_report_of_two_stages(tmp_path):
     assert table.stage.value_counts().to_dict() == dict(final=12, tune=6, superseded=1)
     assert set(not_reported(table).run_id) == {superseded.name} | set(table.run_id[table.status == "failed"])
     text = said(execute_report("made_up", tmp_path))
-    for words in ("Cells choose from different numbers of configurations", "LoRA with r = 8 on RTE has 3",
-                  "There is no result yet for seed 4 of LoRA with r = 8 on RTE", superseded.name,
-                  "Tuned, not repeated with the final seeds yet, and not in the tables: BitFit on RTE",
-                  "run with seed 0 (6 runs)", "choosing configuration and epoch on dev, would have claimed"):
+    for words in ("| configurations a cell | 1–3, unequal within a task |", "1 (full on RTE) to 3 (LoRA, r = 8 on RTE)",
+                  "| seeds without a result | LoRA, r = 8 on RTE: 4 |", superseded.name,
+                  "| runs failed | 1; 1 × killed |", "| tuned, not repeated with the final seeds yet | BitFit on RTE |",
+                  "| seeds | 0 to tune; 1, 2, 3, 4 to report |", "best on dev | reported"):
         assert words in text, words
     lora = cell_means(table).set_index("label").loc["lora"]
     score = f"{100 * lora.score:.1f}"
@@ -226,32 +241,36 @@ def test_tasks_that_no_method_learns(tmp_path):
     for task, best in (("rte", .9), ("wnli", .4)):
         add(task, "full", best)
         for rank, worse in ((4, .2), (8, .1)): add(task, "lora", best - worse, rank=rank)
-    paper = Paper("made_up", tmp_path)
-    assert [place[0] for place in paper.unlearned] == ["wnli"]
-    assert {place[0] for place in paper.comparisons[["task_name"]].values} == {"rte", "wnli"}
-    lora = against(paper).set_index("label").loc["lora"]
-    assert lora.n == 1 and lora.difference == paper.comparisons.set_index("task_name").difference["rte"]
-    assert "% on the task on which any method is shown to have learned. LoRA is" in abstract(paper)
-    text = in_short(paper)
-    answers = text.split("**How many parameters?**")[1].split("\n\n")[0]
-    assert "are without WNLI" in text and "| RTE (accuracy) | WNLI (accuracy) |" in text
-    assert "WNLI" not in parameters_text(paper) and "WNLI" not in answers
+    view = View("made_up", tmp_path)
+    assert [place[0] for place in unlearned(view)] == ["wnli"]
+    assert list(panels(view)) == ["RTE", "WNLI"] and set(facts(view)["where"]) == {"RTE", "WNLI"}   # no mean
+    assert "| left out of means: no method has learned there | WNLI |" in missing_table(view)
+    add("mrpc", "full", .9)
+    add("mrpc", "lora", .8, rank=8)
+    view = View("made_up", tmp_path)
+    assert {condition[0] for condition in panels(view)["mean of 2 tasks"]} == {"rte", "mrpc"}
 
 
 def test_means_over_tasks(tmp_path):
-    "A mean has an interval of its own, and methods with few parameters are compared with each other as well."
+    "A mean has an interval of its own, which is narrower than those of its tasks."
     accuracies = dict(full=(.9, .8), adapter=(.8, .75), lora=(.7, .6))
     for method, of_tasks in accuracies.items():
         for task, accuracy in zip(("rte", "mrpc"), of_tasks):
             for seed in (1, 2, 3): run_folder(tmp_path, accuracy, task_name=task, method=method, seed=seed)
-    paper = Paper("made_up", tmp_path)
-    text, to_lora, to_full = conclusion(paper), against(paper, "lora"), against(paper).set_index("label")
-    adapter = to_lora.set_index("label").loc["adapter"]
-    assert adapter.low < adapter.difference < adapter.high
-    assert f"Adapters are {points_from(adapter.difference)} LoRA on average over 2 tasks" in text
-    each = paper.comparisons[paper.comparisons.label == "adapter"]
-    assert abs(to_full.difference["adapter"] - each.difference.mean()) < 1e-12
-    assert to_full.high["adapter"] - to_full.low["adapter"] < (each.high - each.low).min()
+    found = facts(View("made_up", tmp_path)).query("label == 'adapter'")
+    mean, each = found[found.tasks == 2].iloc[0], found[found.tasks == 1]
+    assert abs(mean.difference - each.difference.mean()) < 1e-12
+    assert mean.high - mean.low < (each.high - each.low).min()
+
+
+def test_two_encoders_have_a_mean_each(tmp_path):
+    for task, checkpoint, (method, accuracy) in product(("rte", "mrpc"), ("minilm", "bert-base-uncased"),
+                                                        (("full", .9), ("lora", .8))):
+        for seed in (1, 2, 3):
+            run_folder(tmp_path, accuracy, task_name=task, checkpoint=checkpoint, method=method, seed=seed)
+    view = View("made_up", tmp_path)
+    assert list(panels(view))[:2] == ["mean of 2 tasks (bert-base-uncased)", "mean of 2 tasks (MiniLM)"]
+    assert "| bert-base-uncased | full |" in cost_table(view).replace("\\", "") and forest(view)
 
 
 def test_seeds_that_are_missing(tmp_path):
@@ -259,12 +278,10 @@ def test_seeds_that_are_missing(tmp_path):
     for seed in range(1, 6): run_folder(tmp_path, .95 - .03 * seed, method="full", seed=seed)
     for seed in (1, 2, 3): run_folder(tmp_path, .7, method="lora", seed=seed)
     for seed, method in ((1, "full"), (2, "lora")): run_folder(tmp_path, .8, task_name="mrpc", method=method, seed=seed)
-    paper = Paper("made_up", tmp_path)
-    [(_, rte)], [(_, lora)] = paper.comparisons.iterrows(), against(paper).iterrows()
-    assert (lora.n, lora.difference, lora.low, rte.n) == (1, rte.difference, rte.low, 3)
-    text = in_short(paper)
-    assert f"<br>{with_interval(rte.difference, rte.low, rte.high)} |" in text and text.count("<br>") == 1
-    assert "at every seed" not in text
+    found = facts(View("made_up", tmp_path)).set_index("where")
+    assert found.n["RTE"] == 3 and math.isclose(found.low["RTE"], compare(load_runs("made_up", tmp_path),
+                                                examples=DevExamples(tmp_path)).set_index("task_name").low["rte"])
+    assert found.n["mean of 2 tasks"] == found.n["MRPC"] == 0   # which have no seed in common
 
 
 def test_places_of_one_name(tmp_path):
@@ -273,9 +290,9 @@ def test_places_of_one_name(tmp_path):
         for seed in (1, 2, 3):
             for method, worse in (("full", 0), ("lora", .1)):
                 run_folder(tmp_path, accuracy - worse, checkpoint=checkpoint, method=method, seed=seed)
-    paper = Paper("made_up", tmp_path)
-    assert list(paper.conditions.values()) == ["RTE (base) [a/base]", "RTE (base) [b/base]"]
-    assert map_figure(paper) and in_short(paper).count("[a/base]") >= 1
+    view = View("made_up", tmp_path)
+    assert list(view.conditions.values()) == ["RTE (base) [a/base]", "RTE (base) [b/base]"]
+    assert forest(view) and difference_table(view).count("[a/base]") == 1
 
 
 def test_predictions_that_are_missing(tmp_path):
@@ -283,14 +300,15 @@ def test_predictions_that_are_missing(tmp_path):
     for method, accuracy in (("full", .9), ("lora", .8)):
         for seed in (1, 2, 3): run_folder(tmp_path, accuracy, method=method, seed=seed)
     first, *rest = reported(load_runs("made_up", tmp_path)).run_id
-    def constant(paper): return floors(paper.table, paper.examples).constant.iloc[0]
-    before = constant(Paper("made_up", tmp_path))
+    def constant(view): return floors(view.table, view.examples).constant.iloc[0]
+    before = constant(View("made_up", tmp_path))
     shutil.rmtree(tmp_path/"made_up/runs"/first/"predictions")
-    paper = Paper("made_up", tmp_path)
-    assert constant(paper) == before > 0
-    assert "1 of 6 reported runs has no predictions here: intervals" in status_text(paper)
+    view = View("made_up", tmp_path)
+    assert constant(view) == before > 0
+    assert "| without predictions: intervals are over seeds alone | 1 of 6 runs |" in missing_table(view)
     for run_id in rest: shutil.rmtree(tmp_path/"made_up/runs"/run_id/"predictions")
-    assert "nothing is said about chance levels" in scores_text(Paper("made_up", tmp_path))
+    view = View("made_up", tmp_path)
+    assert math.isnan(constant(view)) and "constant" not in data_table(view) and "‡" not in missing_table(view)
 
 
 def test_a_cell_of_two_studies(tmp_path):
@@ -300,10 +318,9 @@ def test_a_cell_of_two_studies(tmp_path):
         run(.9, method="full")
         run(.8, method="bitfit", lr=1e-3)
         for method, accuracy in (("bitfit", .6), ("ia3", .7)): run(accuracy, study="methods", method=method, lr=2e-3)
-    paper = Paper("made_up", tmp_path)
-    assert set(other_methods(paper).label) == {"ia3"}
-    bitfit = paper.cells[paper.cells.label == "bitfit"].iloc[0]
-    assert bitfit.score > .7 and f"| BitFit | {bitfit.parameters:,} | {percent(bitfit.score)}" in in_short(paper)
+    view = View("made_up", tmp_path)
+    assert set(other_methods(view).label) == {"ia3"}
+    assert view.cells.score[view.cells.label == "bitfit"].iloc[0] > .7
 
 
 def test_runs_that_cannot_be_read(tmp_path):
@@ -312,11 +329,12 @@ def test_runs_that_cannot_be_read(tmp_path):
     final_seeds(tmp_path, [1])
     broken = run_folder(tmp_path, .8, .8, method="full", tune_share=.1)
     for name in ("config.json", "result.json"): (broken/name).write_text("{}")
-    paper = Paper("made_up", tmp_path)
-    assert "with seed 0 (2 runs)" in protocol_text(paper)
+    view = View("made_up", tmp_path)
+    assert "| seeds | 0 to tune; 1 to report |" in study_table(view)
+    assert "2 finished, 1 failed" in study_table(view)
     (tmp_path/"pages").mkdir()
-    paper.trace.cell("tbl-runs", broken.name, "80.0", paper.runs.assign(run_id=broken.name))
-    save_trace(paper.trace, tmp_path/"pages", tmp_path)
+    view.trace.cell("tbl-runs", broken.name, "80.0", view.runs.assign(run_id=broken.name))
+    save_trace(view.trace, tmp_path/"pages", tmp_path)
     [run] = json.loads((tmp_path/"pages/trace.json").read_text())["tbl-runs"][broken.name]["runs"]
     assert run["command"] is None
 
@@ -325,25 +343,21 @@ def test_no_task_is_learned(tmp_path):
     "Then there is nothing to leave out."
     for method, accuracy in (("full", .4), ("lora", .3)):
         for seed in (1, 2, 3): run_folder(tmp_path, accuracy, method=method, seed=seed)
-    paper = Paper("made_up", tmp_path)
-    assert paper.unlearned == [] and "no method has learned on RTE" in in_short(paper) and len(against(paper)) == 1
+    view = View("made_up", tmp_path)
+    assert unlearned(view) == [] and "| RTE: full, LoRA |" in missing_table(view) and len(facts(view)) == 1
 
 
-@pytest.mark.parametrize("method, name", [("head", "The linear probe"), ("full", "Full fine-tuning")])
+@pytest.mark.parametrize("method", ["head", "full", "lora"])
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_one_method_alone(tmp_path, method, name, seeds):
-    "A study of nothing but the probe, or full fine-tuning, has a paper as well, which misses nothing that cannot be."
+def test_one_method_alone(tmp_path, method, seeds):
+    "A study of one method has a report as well, without comparisons."
     for seed in range(seeds): run_folder(tmp_path, .8, method=method, seed=seed)
-    paper = Paper("made_up", tmp_path)
-    assert limits(paper) and f"| {name} | " in in_short(paper)
-    assert "is not known without" not in conclusion(paper)
-
-
-def test_nothing_to_compare_with(tmp_path):
-    "A study of one method has no comparison, and its paper has sentences all the same."
-    for seed in (1, 2, 3): run_folder(tmp_path, .8, method="lora", seed=seed)
-    paper = Paper("made_up", tmp_path)
-    assert against(paper).empty and "LoRA" in abstract(paper) and "LoRA" in in_short(paper)
+    view = View("made_up", tmp_path)
+    assert facts(view).empty and forest(view) is None and difference_table(view) == ""
+    assert (parameters_figure(view) is None) == (method == "head")
+    text = missing_table(view)
+    assert ("no full fine-tuning" in text) == (method != "full") and ("no linear probe" in text) == (method != "head")
+    assert ("fewer than three seeds" in text) == (seeds == 1)
 
 
 def test_tasks_may_differ_in_their_budget(tmp_path):
@@ -351,15 +365,23 @@ def test_tasks_may_differ_in_their_budget(tmp_path):
     def tried(task, method, *rates):
         for rate in rates: run_folder(tmp_path, .8, task_name=task, method=method, lr=rate, tune_share=.1)
     def said_of_budgets():
-        paper = Paper("made_up", tmp_path)
-        return protocol_text(paper).rsplit(". ", 1)[1], "configurations, sizes included, and" in limits(paper)
+        view = View("made_up", tmp_path)
+        return re.search(r"configurations a cell \| (.*) \|", study_table(view))[1], "unequal" in missing_table(view)
     for method in ("full", "lora"): tried("rte", method, 1e-3, 2e-3)
-    assert said_of_budgets() == ("Each cell tries 2 configurations.", False)
+    assert said_of_budgets() == ("2", False)
     for method in ("full", "lora"): tried("mrpc", method, 1e-3)
-    assert said_of_budgets() == ("Each cell tries one configuration on MRPC and 2 configurations on RTE.", False)
+    assert said_of_budgets() == ("1–2", False)
     tried("mrpc", "lora", 2e-3)
-    last, unequal = said_of_budgets()
-    assert unequal and last.endswith("full fine-tuning on MRPC has 1, LoRA with r = 8 on MRPC has 2.")
+    assert said_of_budgets() == ("1–2, unequal within a task", True)
+    assert "1 (full on MRPC) to 2 (LoRA, r = 8 on MRPC)" in missing_table(View("made_up", tmp_path))
+
+
+def test_which_training_examples(tmp_path):
+    "Whole sentences only are no sample."
+    for task, settings in (("sst2", dict(whole_texts=True)), ("rte", dict(max_train_examples=100))):
+        run_folder(tmp_path, .8, task_name=task, method="lora", **settings)
+    text = data_table(View("made_up", tmp_path))
+    assert "| whole sentences only |" in text and "| a sample, the same for all runs |" in text
 
 
 def test_run_folders_of_former_versions(tmp_path):
@@ -377,7 +399,7 @@ def test_run_folders_of_former_versions(tmp_path):
     assert set(table.stage) == {"single"} and table[table.method == "lora"].configuration.nunique() == 1
     assert new.name in set(table.run_id)
     text = said(execute_report("made_up", tmp_path))
-    assert "There is no tuning split: dev chooses, and dev is reported" in text and "There is no linear probe." in text
+    assert "| protocol | no tuning split: dev chooses, and dev is reported |" in text and "| no linear probe |" in text
 
 
 def test_several_data_sets_are_no_submission(tmp_path):
@@ -423,4 +445,5 @@ def test_different_numbers_of_threads(tmp_path, capsys, threads, warned):
         (folder/"result.json").write_text(json.dumps(result | dict(provenance=made)))
     print_table(load_runs("made_up", tmp_path), Console())
     assert capsys.readouterr().out.count("runs were made with 1 or 2 threads") == warned
-    assert ("Runs were made with 1 and 2 threads" in status_text(Paper("made_up", tmp_path))) == warned
+    row = "| different numbers of threads, so that last bits may differ | 1; 2 |"
+    assert (row in missing_table(View("made_up", tmp_path))) == warned

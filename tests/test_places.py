@@ -88,7 +88,7 @@ def test_whatever_stands_around(installed, tiny, tmp_path):
     assert len(list((here/outputs).glob("odd/runs/*/notebook.ipynb"))) == 1 and f"{outputs}/odd/results.csv" in out
     assert "(copy)" not in installed("list", "--outputs", outputs, cwd=here, **env)
     installed("report", "odd", "--to", "html", "--outputs", outputs, cwd=here, **env)
-    assert "reference study" in (here/outputs/"odd/report/report.html").read_text()
+    assert "What was run" in (here/outputs/"odd/report/report.html").read_text()
 
 
 def test_a_flag_may_have_spaces(tmp_path):

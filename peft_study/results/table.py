@@ -8,8 +8,8 @@ __all__ = ['FINGERPRINTS', 'FIRST', 'CONDITION', 'CELL', 'DEV_FILE', 'EPOCHS_FIL
            'load_runs', 'done', 'methods_in', 'made_up', 'studies', 'write_results', 'predictions_of',
            'publish_predictions', 'epochs_of', 'epoch_scores', 'publish_epochs', 'to_numbers', 'DevExamples',
            'cell_means', 'best_sizes', 'runs_of', 'best_runs', 'floors', 'learned', 'paired', 'compare',
-           'compare_over_tasks', 'asked', 'answers', 'pairs', 'compare_pairs', 'dev_selected', 'budget_curves',
-           'compare_on_dev', 'disagreements']
+           'compare_over_tasks', 'asked', 'answers', 'differences', 'pairs', 'compare_pairs', 'dev_selected',
+           'budget_curves', 'compare_on_dev', 'disagreements']
 
 # %% ../../nbs/results/01_table.ipynb #06cc9d41
 import hashlib, json, math, os
@@ -518,6 +518,28 @@ def answers(table, questions:Questions, examples:DevExamples|None=None):
         rows.append(named | found | dict(lacks=lacks, at_most=max(0., -low), verdict=verdict))
     out = pd.DataFrame(rows)
     return out.assign(p_holm=holm(out.p))
+
+# %% ../../nbs/results/01_table.ipynb #61eda211
+def differences(table, where:dict, # name → conditions, over whose mean a row compares
+                baseline:str="full", examples:DevExamples|None=None, margin:float|None=None):
+    """A row a name and method: `paired` with the baseline, the chosen `size` (empty where they are several), of how many
+    `tasks`, which of them it `lacks`, and the `decision` on the margin."""
+    best, rows = best_sizes(table), []
+    places = pd.MultiIndex.from_frame(best[CONDITION])
+    for name, conditions in where.items():
+        here = best[places.isin(conditions)]
+        full = here[here.label == baseline]
+        for label in methods_in(here):
+            cells = here[here.label == label]
+            if label == baseline or full.empty: continue
+            there = set.intersection(*(set(map(tuple, side[CONDITION].values)) for side in (cells, full)))
+            lacks = [condition[0] for condition in conditions if condition not in there]
+            found = paired(*(runs_of(table, side[:0] if lacks else side) for side in (cells, full)), examples)
+            sizes = set(cells["size"])
+            rows.append(dict(where=name, label=label, size=sizes.pop() if len(sizes) == 1 else "", lacks=lacks,
+                             tasks=len(conditions)) | found | dict(decision=_verdict(found["low"], found["high"], margin)))
+    columns = ["where", "label", "size", "lacks", "tasks", "difference", "n", "low", "high", "p", "decision"]
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/results/01_table.ipynb #31222207
 def pairs(table, column:str, a, b) -> list[tuple]: # (what they share, runs of a, runs of b)
