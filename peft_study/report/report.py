@@ -319,7 +319,7 @@ def check(files, said:str="", # what the program printed
 # %% ../../nbs/report/00_report.ipynb #c9b1283b
 def _project_for(notebook):
     "The folder to call Quarto in: the project, or, outside of it, the report's own with a copy of the settings."
-    if notebook.is_relative_to(root()/"outputs"): return root()
+    if any(notebook.is_relative_to(root()/own) for own in ("outputs", "reports")): return root()
     settings = read_text(root()/"_quarto.yml")
     settings = settings.replace("outputs/*/report/report.ipynb", "report.ipynb")
     settings = settings.replace("reports/references.bib", "references.bib")
