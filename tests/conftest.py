@@ -8,6 +8,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's backgroun
 
 REPO = Path(__file__).parents[1]
 QUICK = "--checkpoint minilm --data demo --max-train-examples 64 --max-eval-examples 32 --n-epochs 1".split()
+ENVIRONMENT = dict(os.environ)
 PROGRAM = [sys.executable, "-c", "from peft_study.cli import main; main()"]
 
 
@@ -16,20 +17,30 @@ def flags(**given):
     return [word for name, value in given.items() for word in ("--" + name.replace("_", "-"), str(value))]
 
 
-# A process that has imported what commands need, and forks for each: a third of the time of the tests is imports else.
+# A process that has imported what commands need, and forks for each; its forks share its fork server, whose kernels
+# have imported what runs need. Most of the time of the tests is imports else.
 FORKS = """
 import json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")   # what the server prints is none
+os.dup2(2, 1)
 import matplotlib.pyplot, pandas, torch, transformers
 import peft_study.report.paper, peft_study.share.exchange, peft_study.study.sweep
+from multiprocessing.forkserver import _forkserver
 from peft_study.cli import main
+from peft_study.run.kernels import warm_up
+warm_up()
 for line in sys.stdin:
-    args, cwd, out, err = json.loads(line)
+    args, cwd, path, out, err = json.loads(line)
     if not (pid := os.fork()):
         code = 1
+        _forkserver._inherited_fds = []   # as in a fork of the server, which uses it and starts none
         try:
             os.chdir(cwd)
             for number, file in enumerate((os.devnull, out, err)):
                 os.dup2(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), number)
+            if path:
+                os.environ["PYTHONPATH"] = path
+                sys.path[1:1] = path.split(":")
             sys.argv[1:] = args
             main()
             code = 0
@@ -38,18 +49,18 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
 """
 
 
 @pytest.fixture(scope="session")
 def forks():
     "A function that runs a command in a fork: exit code."
-    child = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    def run(args, cwd, out, err):
-        print(json.dumps([args, str(cwd), str(out), str(err)]), file=child.stdin, flush=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", FORKS], env=ENVIRONMENT, **pipes)
+    def run(args, cwd, path, out, err):
+        print(json.dumps([args, str(cwd), path, str(out), str(err)]), file=child.stdin, flush=True)
         return int(child.stdout.readline())
-    run.environment = dict(os.environ)
     yield run
     child.stdin.close()
     child.wait()
@@ -57,16 +68,17 @@ def forks():
 
 @pytest.fixture
 def command(tmp_path_factory, tmp_path, forks):
-    "Run `peft-study …` in the repository, with results in a folder of the test's own: code, stdout, stderr."
+    """Run `peft-study …` in the repository, with results in a folder of the test's own: code, stdout, stderr. `path` is
+    a PYTHONPATH. Its environment is that in which the tests began, whatever a test or a library has set here; with
+    `env`, a time limit or the like it is a process of its own."""
     said = tmp_path_factory.mktemp("said")
-    def as_before(name): return name == "PYTEST_CURRENT_TEST" or os.environ.get(name) == forks.environment.get(name)
-    def run(*args, outputs=tmp_path/"outputs", cwd=REPO, takes_outputs=True, **kw):
+    def run(*args, outputs=tmp_path/"outputs", cwd=REPO, takes_outputs=True, path=None, **kw):
         args = list(map(str, [*args, *(["--outputs", outputs] if takes_outputs else [])]))
-        if kw or not all(map(as_before, os.environ.keys() | forks.environment)):   # which imports may look at
+        if kw:
             done = subprocess.run([*PROGRAM, *args], capture_output=True, text=True, cwd=cwd, **kw)
             return done.returncode, done.stdout, done.stderr
         files = [said/f"{len(list(said.iterdir()))}.{kind}" for kind in ("out", "err")]
-        code = forks(args, cwd, *files)
+        code = forks(args, cwd, path and str(path), *files)
         return code, *(file.read_text() for file in files)
     return run
 
