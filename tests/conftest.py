@@ -83,6 +83,17 @@ def command(tmp_path_factory, tmp_path, forks):
     return run
 
 
+def pytest_configure(config): config.addinivalue_line("markers", "slow: by `make test-all` alone")
+
+
+# By CPU time. Two processes take one file after the other, and end together if the long ones come first.
+LONGEST = "crash cluster report".split()
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def rows_on_the_hub(monkeypatch):
     "Runs that are made up have no data to read: what they would use of the Hub's is known by the task's name."

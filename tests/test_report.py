@@ -1,5 +1,6 @@
 "The report as its readers meet it: the page, its figures and links, and studies that lack something."
 import json, re, resource, shutil, time
+from functools import partial
 from html.parser import HTMLParser
 import nbformat, pytest
 from conftest import REPO
@@ -9,6 +10,7 @@ from peft_study.share.cards import command_of
 from peft_study.report import report as report_module
 from peft_study.report.report import (execute_report, faults_of_pdf, options, quarto_program, render_with_pandoc,
                                       report)
+from peft_study.run.kernels import ForkedKernel, execute_notebook
 from peft_study.run.runs import read_config, start_run
 
 
@@ -76,6 +78,12 @@ def check_pdf(folder):
     return squeezed(text)
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    "A report's kernel is a fork, without the imports of a new one."
+    monkeypatch.setattr(report_module, "execute_notebook", partial(execute_notebook, kernel=ForkedKernel))
+
+
 @pytest.fixture(scope="module")
 def reported(study, undisturbed):
     "The report of a study of eight runs: four configurations, one of which trains the top layer, and two seeds."
@@ -130,7 +138,7 @@ def test_published_study(command, tmp_path):
     (dict(method="lora"), "no full fine-tuning"),
     (dict(seed=0), "With one seed there are no intervals"),
 ], ids=["one run", "a missing method", "one seed"])
-def test_what_is_missing_is_said(study, undisturbed, tmp_path, keep, words):
+def test_what_is_missing_is_said(forked, study, undisturbed, tmp_path, keep, words):
     source = study.folder/"quiet/eight/runs"
     for folder in source.iterdir():
         config = read_config(folder)
@@ -140,7 +148,7 @@ def test_what_is_missing_is_said(study, undisturbed, tmp_path, keep, words):
     assert words in check_page(tmp_path/"eight/report").text and check_pdf(tmp_path/"eight/report")
 
 
-def test_failed_run(study, undisturbed, tmp_path):
+def test_failed_run(forked, study, undisturbed, tmp_path):
     shutil.copytree(study.folder/"quiet/eight/runs", tmp_path/"eight/runs")
     failed = next((tmp_path/"eight/runs").glob("cola-adapter-*-s1-*"))
     (failed/"result.json").unlink()
