@@ -145,7 +145,8 @@ class Biases(Method):
 def test_own_method(command, tmp_path):
     "A method in a file of the user's own, with a setting of its own."
     (tmp_path/"mine.py").write_text(OWN_METHOD)
-    code, out, err = command("run", *flags(task="cola", method="mine:Biases", lowest=5), *QUICK, path=tmp_path)
+    env = os.environ | dict(PYTHONPATH=str(tmp_path))
+    code, out, err = command("run", *flags(task="cola", method="mine:Biases", lowest=5), *QUICK, env=env)
     assert code == 0, err
     (folder,) = (tmp_path/"outputs/adhoc/runs").iterdir()
     assert folder.name.startswith("cola-Biases-") and json.loads((folder/"config.json").read_text())["lowest"] == 5

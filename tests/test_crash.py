@@ -174,7 +174,8 @@ class Hungry(LoRA):
 
 def test_out_of_memory(command, tiny, tmp_path):
     (tmp_path/"hungry.py").write_text(HUNGRY)
-    code, out, err = command(*run_of(tiny, method="hungry:Hungry"), path=tmp_path)
+    env = os.environ | dict(PYTHONPATH=str(tmp_path))
+    code, out, err = command(*run_of(tiny, method="hungry:Hungry"), env=env)
     assert code == 0, err
     folder = the_run(tmp_path/"outputs")
     assert json.loads((folder/"result.json").read_text())["cost"]["batch_parts"] == 4

@@ -52,7 +52,8 @@ def test_outputs_that_are_no_numbers_fail_the_run(command, tiny, tmp_path):
     (tmp_path/"fragile.py").write_text(NAN)
     short = flags(max_train_examples=32, max_eval_examples=8, epochs=1, processes=2)
     given = flags(task="cola", method="fragile:Fragile", checkpoint=tiny, data="demo")
-    code, out, err = command("run", *given, *short, path=f"{tmp_path}:{REPO}")
+    env = os.environ | dict(PYTHONPATH=f"{tmp_path}:{REPO}")
+    code, out, err = command("run", *given, *short, env=env)
     assert code == 1 and "the model's outputs are not finite for 8 of 8 examples" in err, err
     assert "Traceback" not in err, err
     (folder,) = (tmp_path/"outputs/adhoc/runs").iterdir()
