@@ -1,8 +1,8 @@
-# setup · demo · test · report · paper · docs; each makes .venv first when it is missing or out of date
+# setup · demo · test · test-all · report · paper · docs; each makes .venv first when it is missing or out of date
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test report paper docs
+.PHONY: setup demo test test-all report paper docs
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -16,11 +16,14 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/peft-study demo
 
-# notebooks first: each is prose, code and the tests of that code, and shows what is stored in it; two processes
-test: export OMP_NUM_THREADS = 1
-test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/notebooks.py
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+# notebooks first: each is prose, code and the tests of that code, and shows what is stored in it; two processes, which
+# read the bytecode that others of the hundreds of processes have written
+TESTS := -m "not slow"
+test-all: TESTS :=
+test test-all: export OMP_NUM_THREADS = 1
+test test-all: setup
+	env -u PYTHONDONTWRITEBYTECODE PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/notebooks.py
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 STUDY ?= demo
 report: setup

@@ -8,6 +8,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's backgroun
 
 REPO = Path(__file__).parents[1]
 QUICK = "--checkpoint minilm --data demo --max-train-examples 64 --max-eval-examples 32 --n-epochs 1".split()
+ENVIRONMENT = dict(os.environ)
+BY_LIBRARIES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+                "PYTORCH_NVML_BASED_CUDA_CHECK"}   # in the tests' own process
 PROGRAM = [sys.executable, "-c", "from peft_study.cli import main; main()"]
 
 
@@ -16,21 +19,41 @@ def flags(**given):
     return [word for name, value in given.items() for word in ("--" + name.replace("_", "-"), str(value))]
 
 
-# A process that has imported what commands need, and forks for each: a third of the time of the tests is imports else.
+# A process that has imported what commands need, and forks for each. Most of the time of the tests is imports else.
 FORKS = """
-import json, os, sys, traceback
-import matplotlib.pyplot, pandas, torch, transformers
-import peft_study.report.tables, peft_study.share.exchange, peft_study.study.sweep
-from peft_study.cli import main
+import importlib, json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")   # what others print is none
+os.dup2(2, 1)
+for name in sys.argv[1:]: importlib.import_module(name)
+from multiprocessing import forkserver, util
+def fork_server(program, args, passed):
+    "Start multiprocessing's fork server as a fork, with what is imported here, and anything else as it is."
+    if "forkserver" not in args[-1]: return spawn(program, args, passed)
+    if pid := os.fork(): return pid
+    kept = {0, 1, 2, *passed}
+    try:
+        for fd in range(3, 1024):
+            if fd not in kept: os.closerange(fd, fd + 1)
+        exec(args[-1], {})
+    finally: os._exit(0)
+shared = "peft_study.run.kernels" in sys.modules   # the server: its kernels have imported what runs need
+if shared: sys.modules["peft_study.run.kernels"].warm_up()
+else: spawn, util.spawnv_passfds = util.spawnv_passfds, fork_server
 for line in sys.stdin:
-    args, cwd, out, err = json.loads(line)
+    args, cwd, changes, out, err = json.loads(line)
     if not (pid := os.fork()):
         code = 1
+        if shared: forkserver._forkserver._inherited_fds = []   # as in a fork of the server: uses it, starts none
         try:
             os.chdir(cwd)
             for number, file in enumerate((os.devnull, out, err)):
                 os.dup2(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), number)
+            for name, value in changes.items():
+                if value is None: del os.environ[name]
+                else: os.environ[name] = value
+            sys.path[1:1] = filter(None, (changes.get("PYTHONPATH") or "").split(":"))
             sys.argv[1:] = args
+            from peft_study.cli import main
             main()
             code = 0
         except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
@@ -38,37 +61,63 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
 """
+ALL = """matplotlib.pyplot pandas torch transformers peft_study.report.tables peft_study.share.exchange
+         peft_study.study.sweep peft_study.run.kernels peft_study.cli"""
+PART = """matplotlib.figure pandas papermill scipy.stats sklearn.metrics torch torch._dynamo torch.distributed.tensor
+          torch.utils.tensorboard"""   # none of which asks for the variables of the Hub's library
 
 
-@pytest.fixture(scope="session")
-def forks():
-    "A function that runs a command in a fork: exit code."
-    child = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    def run(args, cwd, out, err):
-        print(json.dumps([args, str(cwd), str(out), str(err)]), file=child.stdin, flush=True)
+def forking(modules):
+    "A function that runs a command in a fork of a process with these modules: exit code."
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", FORKS, *modules.split()], env=ENVIRONMENT, **pipes)
+    def run(*request):
+        print(json.dumps(request), file=child.stdin, flush=True)
         return int(child.stdout.readline())
-    run.environment = dict(os.environ)
     yield run
     child.stdin.close()
     child.wait()
 
 
+@pytest.fixture(scope="session")
+def forks(): yield from forking(ALL)
+
+
+@pytest.fixture(scope="session")
+def forks_in_part(): yield from forking(PART)
+
+
 @pytest.fixture
-def command(tmp_path_factory, tmp_path, forks):
-    "Run `peft-study …` in the repository, with results in a folder of the test's own: code, stdout, stderr."
+def command(request, tmp_path_factory, tmp_path):
+    """Run `peft-study …` in the repository, with results in a folder of the test's own: code, stdout, stderr. Its
+    environment is that in which the tests began, whatever a test or a library has set here, or `env`."""
     said = tmp_path_factory.mktemp("said")
-    def as_before(name): return name == "PYTEST_CURRENT_TEST" or os.environ.get(name) == forks.environment.get(name)
-    def run(*args, outputs=tmp_path/"outputs", cwd=REPO, takes_outputs=True, **kw):
+    def run(*args, outputs=tmp_path/"outputs", cwd=REPO, takes_outputs=True, env=ENVIRONMENT, **kw):
         args = list(map(str, [*args, *(["--outputs", outputs] if takes_outputs else [])]))
-        if kw or not all(map(as_before, os.environ.keys() | forks.environment)):   # which imports may look at
-            done = subprocess.run([*PROGRAM, *args], capture_output=True, text=True, cwd=cwd, **kw)
+        names = {name for name in env.keys() | ENVIRONMENT.keys() if env.get(name) != ENVIRONMENT.get(name)}
+        names -= BY_LIBRARIES
+        later = all(name in ("PYTHONPATH", "NO_PROXY", "RAY_ADDRESS") or name.startswith("HF_") for name in names)
+        if kw or not later:   # what Python or a library looks at as it starts
+            done = subprocess.run([*PROGRAM, *args], capture_output=True, text=True, cwd=cwd, env=env, **kw)
             return done.returncode, done.stdout, done.stderr
         files = [said/f"{len(list(said.iterdir()))}.{kind}" for kind in ("out", "err")]
-        code = forks(args, cwd, *files)
+        forks = request.getfixturevalue("forks" if names <= {"PYTHONPATH"} else "forks_in_part")
+        code = forks(args, str(cwd), {name: env.get(name) for name in names}, *map(str, files))
         return code, *(file.read_text() for file in files)
     return run
+
+
+def pytest_configure(config): config.addinivalue_line("markers", "slow: by `make test-all` alone")
+
+
+# By CPU time. Two processes take one file after the other, and end together if the long ones come first.
+LONGEST = "crash report cluster studies matrix pack compare commands protocol processes hub gpu own places".split()
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,12 @@
 A cell that shows a time, a path or another thing that is never the same says so by the tag `varies`. Pictures are not
 compared. With `--save`, what differs is stored."""
 import argparse, math, re, subprocess, sys
+from contextlib import chdir
 from pathlib import Path
 import nbformat
+from fastcore.parallel import parallel
+from nbdev.config import get_config
+from nbdev.test import test_nb
 
 REPO = Path(__file__).parents[1]
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?", re.IGNORECASE)
@@ -41,12 +45,30 @@ def differing(stored, executed) -> list[tuple]: # a cell as stored, and as execu
     return [(a, b) for a, b in pairs if "varies" not in a.metadata.get("tags", []) and not same(shown(a), shown(b))]
 
 
+# By CPU time. Two processes take one notebook after the other, and end together if the long ones come first.
+LONGEST = ("02_cli", "answer/02_compare", "bench/01_bench", "bench/02_gpu", "study/01_sweep", "study/03_pack",
+           "run/06_train", "run/07_stack", "report/00_report", "report/01_paper", "report/02_docs")
+
+
+def execute(files) -> bool: # whether one has failed
+    "Execute the notebooks in two processes, as nbdev-test does, and store what they show; the longest are told."
+    place = {REPO/"nbs"/f"{name}.ipynb": i for i, name in enumerate(LONGEST)}
+    files = sorted((f for f in files if not (f.parent/".notest").exists()), key=lambda f: place.get(f, len(place)))
+    given = dict(skip_flags=get_config(REPO).tst_flags.split(), basepath=REPO, save=True)
+    with chdir(REPO/"nbs"): results = parallel(test_nb, files, n_workers=2, pause=.01, **given)
+    names = [str(f.relative_to(REPO/"nbs")) for f in files]
+    told = sorted(((seconds, name) for (_, seconds), name in zip(results, names)), reverse=True)
+    print("seconds:", ", ".join(f"{name} {seconds:.0f}" for seconds, name in told[:12]))
+    failed = [name for (passed, _), name in zip(results, names) if not passed]
+    if failed: print("failed:", *failed, file=sys.stderr)
+    return bool(failed)
+
+
 def main(save:bool):
     files = [f for f in sorted((REPO/"nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in f.parts]
     before, found = {f: f.read_bytes() for f in files}, 0
     try:
-        command = [Path(sys.executable).parent/"nbdev-test", "--save", "--n-workers", "2"]
-        code = subprocess.run(command, cwd=REPO).returncode
+        failed = execute(files)
         executed = {f: nbformat.read(f, 4) for f in files}
     finally:
         for f in files: f.write_bytes(before[f])   # whatever has happened
@@ -58,11 +80,11 @@ def main(save:bool):
                   f"  stored: {shown(a)[:600]}\n  found:  {shown(b)[:600]}", file=sys.stderr)
             a.outputs = b.outputs
         if save: nbformat.write(stored, f)
-    if save and found: subprocess.run([command[0].with_name("nbdev-clean")], cwd=REPO, check=True)
+    if save and found: subprocess.run([Path(sys.executable).parent/"nbdev-clean"], cwd=REPO, check=True)
     if found and not save:
         print(f"{found} stored outputs are not what the notebooks show now: store them by python tests/notebooks.py "
               "--save, or tag a cell `varies`", file=sys.stderr)
-    return code or int(found > 0 and not save)
+    return int(failed or (found > 0 and not save))
 
 
 if __name__ == "__main__":

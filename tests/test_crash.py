@@ -14,26 +14,27 @@ def progress(folder):
     return sum(len(f.read_bytes()) for f in folder.glob("eight/runs/*/metrics.jsonl"))
 
 
-def test_killed_ten_times(study, undisturbed):
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_again_and_again(study, undisturbed, kills):
     "Every third kill at any moment of the start, the others up to a second and a half after the first sign of work."
-    rng, folder, seen = random.Random(0), study.folder/"killed", {}
-    for kill in range(10):
-        before, child = progress(folder), study("killed", "--jobs", "2")
+    rng, folder, seen = random.Random(0), study.folder/f"killed{kills}", {}
+    for kill in range(kills):
+        before, child = progress(folder), study(folder.name, "--jobs", "2")
         end = time.time() + (rng.uniform(0, 8) if kill % 3 == 0 else 120)
         while time.time() < end and progress(folder) == before: time.sleep(.02)
         if kill % 3: time.sleep(rng.uniform(0, 1.5))
-        assert child.poll() is None, "the study ended before it was killed ten times"
+        assert child.poll() is None, "the study ended before it was killed so often"
         kill_tree(child)
         now = results(folder)
         assert all(now[name] == t for name, t in seen.items()), "a finished run was done again"
         seen = now
-    child = study("killed", "--jobs", "2")
+    child = study(folder.name, "--jobs", "2")
     out, _ = child.communicate()
     assert child.returncode == 0, out
     assert findings(folder) == undisturbed
     found = [json.loads(f.read_text()) for f in folder.glob("eight/runs/*/result.json")]
     resumed = sum(bool(result["provenance"]["resumed"]) for result in found)
-    print(f"after ten kills {len(seen)} of 8 runs were finished; {resumed} went on from a checkpoint")
+    print(f"after {kills} kills {len(seen)} of 8 runs were finished; {resumed} went on from a checkpoint")
     assert resumed >= 2
     assert not list(folder.glob("eight/runs/*/checkpoint")) and not list(folder.glob("eight/runs/*/.*.tmp"))
 

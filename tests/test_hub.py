@@ -82,7 +82,7 @@ def test_from_the_hub_and_from_the_cache(command, repositories, cached, tiny, tm
     ids=["gated", "no-such", "busy", "busy-for-long", "busy-data", "gated-data", "no-configuration", "no-split"])
 def test_what_the_hub_refuses(command, repositories, cached, tiny, what, refused, part):
     with hub(repositories, refused) as (address, asked):
-        code, out, err = run(command, cached(address), **dict(checkpoint=tiny) | what, timeout=200)
+        code, out, err = run(command, cached(address), **dict(checkpoint=tiny) | what)
     *progress, last = err.strip().splitlines()
     assert code == 2 and last.startswith("peft-study: ") and part in last and "Traceback" not in err, err
 

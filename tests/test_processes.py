@@ -49,7 +49,7 @@ def test_losses_and_learning_rates(checkpoint, tmp_path, method):
 def test_run_in_two_processes(command, checkpoint, tmp_path):
     short = flags(max_train_examples=64, max_eval_examples=33, epochs=2)
     given = flags(task="cola", method="lora", data="demo", checkpoint=checkpoint, processes=2)
-    code, out, err = command("run", *given, *short, timeout=300)
+    code, out, err = command("run", *given, *short)
     assert code == 0, err
     (folder,) = (tmp_path/"outputs/adhoc/runs").iterdir()
     result = read_result(folder)
@@ -107,7 +107,7 @@ def test_one_of_two_processes_is_killed(command, checkpoint, tmp_path):
     line = err.strip().splitlines()[-1]
     assert child.returncode == 1 and f"process 1 (pid {second.pid}) was killed by SIGKILL" in line, err
     assert "the same command goes on" in line and "launch.log" in line
-    code, out, err = command(*given[:-2], timeout=300)
+    code, out, err = command(*given[:-2])
     assert code == 0, err
     (folder,) = (tmp_path/"outputs/adhoc/runs").iterdir()
     assert read_result(folder)["provenance"]["resumed"] == 1

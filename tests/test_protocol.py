@@ -6,7 +6,7 @@ from conftest import kill_tree
 
 
 @pytest.fixture
-def two(tmp_path, tiny):
+def two(command, tmp_path, tiny):
     "Start `peft-study study two …` in a folder of its own."
     (tmp_path/"settings.ini").write_text(
         f"[two]\ntask_name = cola\ndata = demo\ncheckpoint = {tiny}\n"
@@ -18,15 +18,14 @@ def two(tmp_path, tiny):
         env = os.environ | dict(OMP_NUM_THREADS="1")
         return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True, start_new_session=True)
+    def finish(*flags) -> str:
+        code, out, err = command("study", "two", "--checkpoint-minutes", 0, *flags, cwd=tmp_path)
+        assert code == 0, err
+        return out + err
+    start.to_its_end = finish
     start.runs = tmp_path/"outputs/two/runs"
     start.table = lambda: pd.read_csv(tmp_path/"outputs/two/results.csv")
     return start
-
-
-def finish(child) -> str:
-    out, _ = child.communicate()
-    assert child.returncode == 0, out
-    return out
 
 
 def finished(two): return {f.parent.name: f.stat().st_mtime_ns for f in two.runs.glob("*/result.json")}
@@ -40,14 +39,14 @@ def kill_when(child, condition):
 
 
 def test_from_grid_to_repetitions(two):
-    out = finish(two("--shard", "1/2"))   # the first rate of each method
+    out = two.to_its_end("--shard", "1/2")   # the first rate of each method
     assert "cola lora r1: 1 of 2 runs of its grid are finished" in out and "cola head all: 1 of 2" in out
     assert len(finished(two)) == 2
 
     kill_when(two(), lambda: len(finished(two)) == 3)
     kill_when(two(), lambda: len(finished(two)) >= 5)   # among the repetitions
     before = finished(two)
-    finish(two())
+    two.to_its_end()
     after = finished(two)
     assert len(after) == 4 + 4 and all(after[run] == at for run, at in before.items())
     table = two.table()
@@ -60,9 +59,9 @@ def test_from_grid_to_repetitions(two):
     record = json.loads((two.runs.parent/"study.json").read_text())
     assert (record["seeds"], record["final_seeds"]) == ([0], [1, 2])
 
-    finish(two("--final-seeds", "1 2 3"))
+    two.to_its_end("--final-seeds", "1 2 3")
     assert len(finished(two)) == 4 + 6 and all(finished(two)[run] == at for run, at in after.items())
-    finish(two("--final-seeds", "1 2 3", "--lr", "1e-4 1e-3 1e-2"))
+    two.to_its_end("--final-seeds", "1 2 3", "--lr", "1e-4 1e-3 1e-2")
     table = two.table()
     assert (table.stage == "tune").sum() == 6 and (table.stage == "final").sum() == 6
     for label, runs in table[table.stage != "tune"].groupby("label"):

@@ -1,5 +1,6 @@
 "The report as its readers meet it: the page, its figures and links, and studies that lack something."
 import json, re, resource, shutil, time
+from functools import partial
 from html.parser import HTMLParser
 import nbformat, pytest
 from conftest import REPO
@@ -9,6 +10,7 @@ from peft_study.share.cards import command_of
 from peft_study.report import report as report_module
 from peft_study.report.report import (execute_report, faults_of_pdf, options, quarto_program, render_with_pandoc,
                                       report)
+from peft_study.run.kernels import ForkedKernel, execute_notebook
 from peft_study.run.runs import read_config, start_run
 
 
@@ -68,11 +70,17 @@ def check_pdf(folder):
     "The PDF's text without spaces; every table's last row is on a page, no text lies on another, or beyond the paper."
     from pypdf import PdfReader
     assert faults_of_pdf(folder/"report.pdf") == []
-    text = "".join(page.extract_text() for page in PdfReader(folder/"report.pdf").pages)
+    text = squeezed("".join(page.extract_text() for page in PdfReader(folder/"report.pdf").pages))
     for rows in table_rows(folder):
         words = [part for cell in rows[-1] for part in re.split(r"@[\w-]+", cell)]   # a citation is written otherwise
-        for part in words: assert squeezed(part) in squeezed(text), rows[-1]
-    return squeezed(text)
+        for part in words: assert squeezed(part) in text, rows[-1]
+    return text
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    "A report's kernel is a fork, without the imports of a new one."
+    monkeypatch.setattr(report_module, "execute_notebook", partial(execute_notebook, kernel=ForkedKernel))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +137,7 @@ def test_published_study(command, tmp_path):
     (dict(method="lora"), "no full fine-tuning"),
     (dict(seed=0), "fewer than three seeds: no intervals, no tests"),
 ], ids=["one run", "a missing method", "one seed"])
-def test_what_is_missing_is_said(study, undisturbed, tmp_path, keep, words):
+def test_what_is_missing_is_said(forked, study, undisturbed, tmp_path, keep, words):
     source = study.folder/"quiet/eight/runs"
     for folder in source.iterdir():
         config = read_config(folder)
@@ -139,7 +147,7 @@ def test_what_is_missing_is_said(study, undisturbed, tmp_path, keep, words):
     assert words in check_page(tmp_path/"eight/report").text and check_pdf(tmp_path/"eight/report")
 
 
-def test_failed_run(study, undisturbed, tmp_path):
+def test_failed_run(forked, study, undisturbed, tmp_path):
     shutil.copytree(study.folder/"quiet/eight/runs", tmp_path/"eight/runs")
     failed = next((tmp_path/"eight/runs").glob("cola-adapter-*-s1-*"))
     (failed/"result.json").unlink()

@@ -127,11 +127,11 @@ n_epochs = 1
 def test_submission_of_real_data(command, tmp_path, tiny, glue):
     "Every task in the folder: one short run each, and a file with the rows and words that the server expects."
     (tmp_path/"settings.ini").write_text(ALL.format(tasks=" ".join(TASKS), checkpoint=tiny, data=glue))
-    code, out, err = command("study", "all", "--jobs", "2", cwd=tmp_path, timeout=600)
+    code, out, err = command("study", "all", "--jobs", "2", cwd=tmp_path)
     assert code == 0, err
-    code, out, err = command("predict", "all", cwd=tmp_path, timeout=600)
+    code, out, err = command("predict", "all", cwd=tmp_path)
     assert code == 2 and "QQP.tsv (no test file)" in err and "CoLA" not in err
-    code, out, err = command("predict", "all", "--fill", cwd=tmp_path, timeout=600)
+    code, out, err = command("predict", "all", "--fill", cwd=tmp_path)
     assert code == 0, err
     folder = tmp_path/"outputs/all/submission/best"
     manifest = json.loads((folder/"manifest.json").read_text())["files"]

@@ -69,24 +69,22 @@ FOREIGN = dict(nbdev="[DEFAULT]\nlib_name = x\n", decouple="SECRET=abc\nDEBUG=1\
 @pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
 def test_settings_of_another_tool(command, tmp_path, text):
     (tmp_path/"settings.ini").write_text(text, encoding="latin-1")
-    env = os.environ | dict(PYTHONPATH=str(REPO))
-    code, out, err = command("study", "demo", "--tasks", "cola", "--dry-run", cwd=tmp_path, env=env)
+    code, out, err = command("study", "demo", "--tasks", "cola", "--dry-run", cwd=tmp_path)
     assert code == 0 and "lora" in out and err.count("settings.ini of this folder") == 1, err
-    code, out, err = command("run", *flags(task="no_such", method="head"), cwd=tmp_path, env=env)
+    code, out, err = command("run", *flags(task="no_such", method="head"), cwd=tmp_path)
     assert code == 2 and "unknown task_name 'no_such'" in err, err
 
 
 def test_declared_studies_stand_behind_ones_own(command, tmp_path):
     mine = "[mine]\ntask_name = cola\ndata = demo\ncheckpoint = minilm\nlr = 1e-3{}\n[mine.lora]\n"
     (tmp_path/"settings.ini").write_text(mine.format(""), encoding="utf-8")
-    env = os.environ | dict(PYTHONPATH=str(REPO))
     for name in ("mine", "demo"):
-        code, out, err = command("study", name, "--dry-run", cwd=tmp_path, env=env)
+        code, out, err = command("study", name, "--dry-run", cwd=tmp_path)
         assert code == 0 and "passed over" not in err, err
-    code, out, err = command("study", "none_such", "--dry-run", cwd=tmp_path, env=env)
+    code, out, err = command("study", "none_such", "--dry-run", cwd=tmp_path)
     assert code == 2 and "settings.ini has mine, " in err and ", demo, " in err, err
     (tmp_path/"settings.ini").write_text(mine.format("  # as in the paper"), encoding="utf-8")
-    code, out, err = command("study", "mine", "--dry-run", cwd=tmp_path, env=env)
+    code, out, err = command("study", "mine", "--dry-run", cwd=tmp_path)
     assert code == 2 and "[mine.lora]: lr has a comment behind its value" in err, err
 
 
