@@ -522,8 +522,8 @@ def answers(table, questions:Questions, examples:DevExamples|None=None):
 # %% ../../nbs/results/01_table.ipynb #61eda211
 def differences(table, where:dict, # name → conditions, over whose mean a row compares
                 baseline:str="full", examples:DevExamples|None=None, margin:float|None=None):
-    """A row a name and method: `paired` with the baseline, the chosen `size` (empty where they are several), of how many
-    `tasks`, which of them it `lacks`, and the `decision` on the margin."""
+    """A row a name and method: `paired` with the baseline, the chosen `size` (empty where they are several), of how
+    many `tasks`, which of them it `lacks`, and the `decision` on the margin."""
     best, rows = best_sizes(table), []
     places = pd.MultiIndex.from_frame(best[CONDITION])
     for name, conditions in where.items():
@@ -536,8 +536,9 @@ def differences(table, where:dict, # name → conditions, over whose mean a row 
             lacks = [condition[0] for condition in conditions if condition not in there]
             found = paired(*(runs_of(table, side[:0] if lacks else side) for side in (cells, full)), examples)
             sizes = set(cells["size"])
-            rows.append(dict(where=name, label=label, size=sizes.pop() if len(sizes) == 1 else "", lacks=lacks,
-                             tasks=len(conditions)) | found | dict(decision=_verdict(found["low"], found["high"], margin)))
+            about = dict(where=name, label=label, size=sizes.pop() if len(sizes) == 1 else "", lacks=lacks)
+            decision = _verdict(found["low"], found["high"], margin)
+            rows.append(about | dict(tasks=len(conditions)) | found | dict(decision=decision))
     columns = ["where", "label", "size", "lacks", "tasks", "difference", "n", "low", "high", "p", "decision"]
     return pd.DataFrame(rows, columns=columns)
 
