@@ -467,16 +467,17 @@ def run_and_summarise(study, outputs, engine):
         raise Failed(f"{of_all} failed; their errors are in error.txt of their folders: {names}")
 
 # %% ../nbs/02_cli.ipynb #c1000023
-def _engine(name:str, outputs, jobs:int, minutes:float, stack:str="auto"):
+def _engine(name:str, outputs, jobs:str, minutes:float, stack:str="auto"):
     "A function that makes the engine, when all else is known to be right."
-    from peft_study.study.sweep import Local, stack_size
+    from peft_study.study.sweep import Local, job_count, number_from_1, stack_size
     if name == "local":
-        size = stack_size(stack)
-        return lambda: Local(outputs, jobs, minutes, size)
+        size, n = stack_size(stack), job_count(jobs)
+        return lambda: Local(outputs, n, minutes, size)
     if name != "ray": raise BadInput(f"engine must be local or ray, got {name!r}")
     if stack not in ("auto", "1"): raise BadInput(f"stack must be auto or 1 with --engine ray, got {stack!r}")
     from peft_study.study.cluster import Ray
-    engine = Ray(outputs, jobs, minutes)   # an address that cannot be reached is known now
+    n = 1 if jobs == "auto" else number_from_1("jobs", jobs)
+    engine = Ray(outputs, n, minutes)   # an address that cannot be reached is known now
     return lambda: engine
 
 # %% ../nbs/02_cli.ipynb #c1000024
@@ -486,7 +487,8 @@ def study_(ctx:typer.Context, settings, name:Annotated[str, typer.Argument(help=
            outputs:Outputs=Path("outputs"),
            tasks:Annotated[Optional[str], typer.Option(help="only these, with commas")]=None,
            methods:Annotated[Optional[str], typer.Option(help="only these, with commas")]=None,
-           jobs:Annotated[int, typer.Option(min=1, help="runs at a time on each device")]=1,
+           jobs:Annotated[str, typer.Option(
+               help="processes on each device: auto (1; on a GPU up to 12, by cores and memory), or a number")]="auto",
            engine:Annotated[str, typer.Option(help="local, or ray: a cluster at RAY_ADDRESS")]="local",
            stack:Annotated[str, typer.Option(
                help="runs trained as one, at most: auto (8 on a GPU, else 1), or a number")]="auto",
@@ -523,7 +525,7 @@ def demo(outputs:Outputs=Path("outputs"),
     from peft_study.study.records import begun
     from peft_study.run.runs import cores
     study = read_study("demo", auto=begun("demo", outputs).get("auto"))
-    run_and_summarise(study, outputs, _engine("local", outputs, jobs or min(2, cores()), 10))
+    run_and_summarise(study, outputs, _engine("local", outputs, str(jobs or min(2, cores())), 10))
     write_report("demo", outputs, ["html", "typst"])
 
 # %% ../nbs/02_cli.ipynb #c100002b

@@ -6,15 +6,14 @@
 __all__ = ['ENCODERS', 'TINY', 'TOLERANCE', 'DATA_SHEET', 'ADD_UP', 'PEERS', 'NOT_SHOWN', 'KEYS', 'Work', 'here', 'fresh_model',
            'new_accelerator', 'our_step', 'stack_members', 'peer_step', 'first_losses', 'reference', 'gap', 'is_right',
            'timed', 'peak', 'shares', 'what_is_measured', 'measure_case', 'attempt', 'measure_cases', 'worker',
-           'measure_processes', 'in_processes', 'mps', 'measure_with_mps', 'measure_variants', 'measure_waits',
-           'same_bits', 'train_for_parent', 'measure_bits', 'Part', 'cases', 'main_parts', 'all_parts', 'group_of',
-           'name_of', 'fastest', 'answers', 'page', 'carry_out', 'stop', 'end_of', 'read_record', 'machine_of',
+           'measure_processes', 'in_processes', 'measure_with_mps', 'measure_variants', 'measure_waits', 'same_bits',
+           'train_for_parent', 'measure_bits', 'Part', 'cases', 'main_parts', 'all_parts', 'group_of', 'name_of',
+           'fastest', 'in_one_process', 'answers', 'page', 'carry_out', 'stop', 'end_of', 'read_record', 'machine_of',
            'measure_gpu', 'start_record']
 
 # %% ../../nbs/bench/02_gpu.ipynb #8914e958
-import os, random, subprocess, time, warnings
+import os, random, time, warnings
 from collections import Counter
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -38,6 +37,7 @@ from ..run.speed import speed_up
 from ..run.stack import Member, attend_in_stacks, stack_batch, stack_step
 from ..run.train import (free_memory, local_batch, make_optimizer, own_environment, peak_memory, train,
                                   train_step)
+from ..study.sweep import mps
 
 # %% ../../nbs/bench/02_gpu.ipynb #d5a0eace
 ENCODERS = {"MiniLM": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
@@ -271,22 +271,11 @@ def in_processes(work:Work, case:dict, settings:dict) -> dict:
 
 ADD_UP = ("examples_per_second", "low", "high", "peak_memory", "tflops", "share_of_product", "share_of_data_sheet")
 
-# %% ../../nbs/bench/02_gpu.ipynb #b542a28e
-@contextmanager
-def mps():
-    "In here, new processes share the GPU by NVIDIA's Multi-Process Service: their kernels run side by side."
-    control = "nvidia-cuda-mps-control"
-    with TemporaryDirectory() as folder:
-        with patch.dict(os.environ, CUDA_MPS_PIPE_DIRECTORY=folder, CUDA_MPS_LOG_DIRECTORY=folder):
-            try: subprocess.run([control, "-d"], check=True, capture_output=True, timeout=30)
-            except (OSError, subprocess.SubprocessError) as e:
-                raise BadInput(f"MPS cannot be started ({reason(e)})") from None
-            try: yield
-            finally: subprocess.run([control], input="quit\n", text=True, capture_output=True, timeout=30)
-
+# %% ../../nbs/bench/02_gpu.ipynb #6ca9157d
 def measure_with_mps(work:dict, cases:list[dict], n:int):
     try:
-        with mps(): yield from measure_processes(work, [case | dict(mps=True) for case in cases], n)
+        with mps() as env, patch.dict(os.environ, env):
+            yield from measure_processes(work, [case | dict(mps=True) for case in cases], n)
     except BadInput as e: yield dict(what="MPS", error=reason(e))
 
 # %% ../../nbs/bench/02_gpu.ipynb #945317ba
@@ -379,12 +368,13 @@ def all_parts(tiny:bool=False) -> list[Part]:
     own = cases("ours", "bf16", runs=size, own=True)
     studied = cases("ours", "bf16", runs=2 if tiny else 5, own=True)   # the seeds of a cell
     both = [*cases("ours", "bf16"), *cases("ours", "bf16", runs=size), *cases("peer", "bf16")]
+    shared = [*cases("ours", "bf16"), *studied, *cases("peer", "bf16")]
     def part(name, measure, *args): return Part(name, f"peft_study.bench.gpu:{measure}", args)
     parts = [
         *main_parts(tiny, "MiniLM", "lora"),
         part("stacks of runs with batches of their own", "measure_cases", work, own + studied),
         part(f"{n} processes of stacks", "measure_processes", work, studied, n),
-        part("processes with MPS", "measure_with_mps", work, cases("ours", "bf16") + studied + cases("peer", "bf16"), n),
+        part("processes with MPS", "measure_with_mps", work, shared, n),
         *main_parts(tiny, "MiniLM", "full"),
         *main_parts(tiny, "BERT-base", "lora"),
         part("short sentences", "measure_cases", short, both),
@@ -401,19 +391,23 @@ def group_of(row:dict) -> tuple: return row["encoder"], row["method"], *row["tok
 def name_of(row:dict) -> str:
     "A configuration in words."
     runs, processes = row.get("runs", 1), row.get("processes", 1)
-    how = "alone"
-    if runs > 1: how = f"stack of {runs}"
-    if processes > 1: how = f"{processes} processes"
+    words = [f"{processes} processes"] * (processes > 1) + [f"stack of {runs}"] * (runs > 1)
+    if len(words) == 2: words = [f"{processes} processes with a stack of {runs} each"]
     own = "batches of their own" if row.get("own") else ""
     mps = "MPS" if row.get("mps") else ""
-    return ", ".join(word for word in (how, row["precision"], own, mps, row.get("variant", "")) if word)
+    words = [*(words or ["alone"]), row["precision"], own, mps, row.get("variant", "")]
+    return ", ".join(filter(None, words))
 
 def fastest(rows:list[dict], *sides, which=lambda row: True) -> dict|None:
     fit = [r for r in rows if r.get("side") in sides and "examples_per_second" in r and which(r)]
     return max(fit, key=lambda r: r["examples_per_second"], default=None)
 
-PEERS = {"the peer at its best": ("peer", "peer compiled", "peer at its defaults"),
-         "the peer at its defaults": ("peer at its defaults",)}
+def in_one_process(row:dict) -> bool: return "processes" not in row
+
+PEERS = {   # title → sides, and which of their rows
+    "the peer at its best": (("peer", "peer compiled", "peer at its defaults"), lambda row: True),
+    "the peer at its best in one process": (("peer", "peer compiled", "peer at its defaults"), in_one_process),
+    "the peer at its defaults": (("peer at its defaults",), lambda row: True)}
 
 # %% ../../nbs/bench/02_gpu.ipynb #b4f926c3
 def answers(rows:list[dict]) -> list[str]:
@@ -426,8 +420,8 @@ def answers(rows:list[dict]) -> list[str]:
         if not best: continue
         speed = best["examples_per_second"]
         line = f"{encoder}, {method}, {low} to {high} tokens: {name_of(best)}: {speed:,.0f} examples a second"
-        for title, sides in PEERS.items():
-            other = fastest(of_group, *sides)
+        for title, (sides, which) in PEERS.items():
+            other = fastest(of_group, *sides, which=which)
             if other: line += f"; {speed / other['examples_per_second']:.1f} times {title} ({name_of(other)})"
         lines.append(line)
     return lines

@@ -21,8 +21,8 @@ from .resume import drop_state
 from .runs import is_done, lock_folder, run_folder, start_run, write_error
 from .speed import speed_up, use_attention
 from .train import (TrainState, begin, evaluate_epoch, evaluation_is_due, example_losses, free_memory,
-                                  is_out_of_memory, load_data, local_batch, new_accelerator, predict_kept, record,
-                                  seed_dropout, start_state, train, without_leftovers)
+                                  is_out_of_memory, load_data, local_batch, loses_gpu, new_accelerator, predict_kept,
+                                  record, seed_dropout, start_state, train, without_leftovers)
 
 # %% ../../nbs/run/07_stack.ipynb #4ab675ca
 OPTIMISATION = ("optimizer", "lr", "weight_decay", "betas", "eps", "warmup_ratio", "max_grad_norm", "keep")
@@ -293,7 +293,7 @@ def train_stack(configs:list[RunConfig], outputs="outputs", minutes:float=10,
             start_stack(*zip(*todo), show, minutes=minutes)
             return folders
         except Exception as e:
-            if not is_out_of_memory(e): raise
+            if loses_gpu(e) or not is_out_of_memory(e): raise
     half = len(todo) // 2
     print(f"out of memory: the stack of {len(todo)} in two halves")
     free_memory()

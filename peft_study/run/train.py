@@ -7,8 +7,8 @@ __all__ = ['seed_dropout', 'example_losses', 'own_share', 'local_batch', 'backwa
            'progress', 'status_line', 'Log', 'TrainState', 'evaluate_split', 'evaluate_epoch', 'padded_tokens',
            'train_epoch', 'start_state', 'evaluation_is_due', 'fit', 'predict_kept', 'peak_memory', 'begin',
            'canary_losses', 'canary', 'evaluations', 'costs', 'record', 'new_accelerator', 'run', 'own_environment',
-           'without_leftovers', 'check_processes', 'launch', 'is_out_of_memory', 'others_memory', 'free_memory',
-           'with_less_memory', 'train', 'run_process', 'short_run']
+           'without_leftovers', 'check_processes', 'launch', 'is_out_of_memory', 'others_memory', 'loses_gpu',
+           'free_memory', 'with_less_memory', 'train', 'run_process', 'short_run']
 
 # %% ../../nbs/run/06_train.ipynb #a5c75d93
 import hashlib, math, os, re, signal, sys, time
@@ -567,6 +567,15 @@ def others_memory() -> float:
     free, total = torch.cuda.mem_get_info()
     return 1 - (free + torch.cuda.memory_reserved()) / total
 
+# %% ../../nbs/run/06_train.ipynb #818b1a9a
+_GPU_IS_LOST = re.compile("CUDA error: (out of memory|unspecified launch failure|.*MPS)|"
+                          "CUBLAS_STATUS_(NOT_INITIALIZED|ALLOC_FAILED|EXECUTION_FAILED|INTERNAL_ERROR)|"
+                          "CUDNN_STATUS_(ALLOC_FAILED|EXECUTION_FAILED|INTERNAL_ERROR)")
+
+def loses_gpu(e) -> bool:
+    "Whether a process cannot use its GPU any more after an exception, or the text of one."
+    return bool(_GPU_IS_LOST.search(str(e)))
+
 # %% ../../nbs/run/06_train.ipynb #d00989ae
 def free_memory():
     "Give back what nobody refers to any more."
@@ -583,7 +592,7 @@ def with_less_memory(attempt, folder:Path, batch_size:int, pause:float=20 # seco
     while True:
         try: return attempt(micro_batches)
         except Exception as e:
-            if not is_out_of_memory(e): raise
+            if loses_gpu(e) or not is_out_of_memory(e): raise
             wait = not waited and others_memory() > .15   # this process has some beside torch's
             if micro_batches >= batch_size and not wait: raise
         free_memory()
