@@ -244,7 +244,7 @@ def _tried(view:View) -> str:
     declared = read_record(view.study, view.outputs).get("unequal_budgets")
     return between(view.cells.tried, str) + ", unequal within a task" * bool(unequal) + ", as declared" * bool(declared)
 
-# %% ../../nbs/report/01_tables.ipynb #24fd9baa
+# %% ../../nbs/report/01_tables.ipynb #aba8998b
 def study_table(view:View) -> str:
     "Markdown: a row a fact of the study."
     runs, asks = view.runs, view.questions
@@ -264,7 +264,7 @@ def study_table(view:View) -> str:
             ["commit of the code", as_it_is(of("provenance_commit"))],
             ["canary", _canary(view)]]
     if view.synthetic: rows.insert(2, ["data", "synthetic: scores show that methods learn, and say nothing about GLUE"])
-    return markdown_table(["what", "which"], rows, right=2)
+    return markdown_table(["what", "which"], [row for row in rows if row[1] != "—"], right=2)
 
 # %% ../../nbs/report/01_tables.ipynb #f4b7fae5
 def used_of_training(view:View, condition:tuple) -> str:
@@ -344,7 +344,7 @@ def former_questions(view:View) -> list[str]:
         found.append(f"{'; '.join(map(_contrast, asks.primary))} (on {_titles(asks.tasks)})" if asks else "none")
     return found
 
-# %% ../../nbs/report/01_tables.ipynb #6c53d1de
+# %% ../../nbs/report/01_tables.ipynb #5db82e0e
 def _metrics(task, runs) -> str:
     "The task's metrics at the kept epoch, mean over runs, in percent."
     kept = runs.kept.iloc[0] if isinstance(runs.kept.iloc[0], str) else runs.keep.iloc[0]
@@ -364,7 +364,6 @@ def main_table(table, trace:Trace, examples:DevExamples, name:str="tbl-main") ->
     "Markdown."
     marks, shown = Marks(table, examples), reported(table)
     trace_name, methods = cell_names(shown), methods_in(shown)
-    if "head" not in methods: methods.append("head")
     ground, rows = floors(table, examples), []
     def written(condition, label):
         cell = marks.best[(marks.best[CONDITION] == list(condition)).all(axis=1) & (marks.best.label == label)]
@@ -429,7 +428,7 @@ def _draw_rows(ax, rows, labels:list[str], colours:dict, low, high):
             ax.annotate(number(difference, ".0f"), (edge, height), (shift, 0), textcoords="offset points", ha=side,
                         va="center", color=colour, fontsize=8)
 
-# %% ../../nbs/report/01_tables.ipynb #b02c5e1c
+# %% ../../nbs/report/01_tables.ipynb #ae730115
 def forest(view:View):
     "None without a baseline, or where nothing is compared with it."
     found = facts(view) if baseline(view) else pd.DataFrame(dict(n=[]))
@@ -458,11 +457,13 @@ def forest(view:View):
 def _name_rows(ax, rows:list[list[str]]):
     "Names, own parameters and megabytes at the left of an axis, with a head."
     ax.set_yticks(range(len(rows)), [""] * len(rows))
-    for shift, column, head in zip((-80, -38, -6), zip(*rows), ("", "own\nparameters", "saved,\nMB")):
+    shift, columns, heads = -6, list(zip(*rows)), ("", "own\nparameters", "saved,\nMB")
+    for column, head in reversed(list(zip(columns, heads))):
         style = dict(textcoords="offset points", ha="right", va="center", fontsize=8, annotation_clip=False)
         for height, text in enumerate(column):
             ax.annotate(text, (0, height), (shift, 0), xycoords=("axes fraction", "data"), **style)
         ax.annotate(head, (0, 1), (shift, 8), xycoords="axes fraction", color="#666666", **style | dict(fontsize=7))
+        shift -= max(30, 4.8 * max(map(len, column)) + 8)   # points, at this size of type
 
 # %% ../../nbs/report/01_tables.ipynb #9a72f5f2
 def difference_table(view:View, name:str="tbl-differences") -> str:
@@ -482,14 +483,15 @@ def difference_table(view:View, name:str="tbl-differences") -> str:
     header = ["task", "method", "size", "difference", "95% interval", "seeds", "p", "decision"]
     return _without_empty_columns(header, rows, right=3) if rows else ""
 
-# %% ../../nbs/report/01_tables.ipynb #c9a9906b
+# %% ../../nbs/report/01_tables.ipynb #47dfff94
 def parameters_figure(view:View):
+    "None of a study of one size of one method, the linear probe aside."
     own = view.runs.own.notna().all()
     table, name = view.table, "trainable parameters, pooler and head included"
     if own:
         name = "own trainable parameters"
         table = table[table.label != "head"].assign(parameters_trainable=table.own)
-    if done(table).empty: return None
+    if len(done(table)[["label", "size"]].drop_duplicates()) < 2: return None
     fig = score_vs_parameters(table, examples=view.examples)
     for ax, condition in zip(fig.axes, condition_names(reported(table))):
         ax.set_xlabel(name, fontsize=9)
@@ -750,12 +752,12 @@ def _command_with(view:View, method:str) -> str:
     config = read_config(view.outputs/first.study/"runs"/first.run_id)
     return command_of(RunConfig(method=method, **config.model_dump(exclude={"method", "lr"})))
 
-# %% ../../nbs/report/01_tables.ipynb #1f7023ca
+# %% ../../nbs/report/01_tables.ipynb #de7b8a56
 def missing_table(view:View) -> str:
     "Markdown: a row a kind of thing that is missing or left out; empty where nothing is."
     runs, ground, left = view.runs, floors(view.table, view.examples), not_reported(view.table)
     silent = sum(found is None for found in view.examples.of(runs))
-    by_dev = bool(view.cells.tried.max() > 1 and not view.tuned)
+    by_dev, seeds = bool(view.cells.tried.max() > 1 and not view.tuned), int(view.cells.n.max())
     without_probe = [view.conditions[tuple(row)] for row in ground.loc[ground.probe.isna(), CONDITION].values]
     rows = [*_unfinished(view),
             ("declared, not finished yet", not_run(view.study, view.table)),
@@ -767,7 +769,7 @@ def missing_table(view:View) -> str:
             ("questions before they were changed, after the first run", former_questions(view)),
             ("different numbers of threads, so that last bits may differ", different_threads(runs)),
             ("without predictions: intervals are over seeds alone", [f"{silent} of {len(runs)} runs"] * bool(silent)),
-            ("fewer than three seeds: no intervals, no tests", [seed_list(runs.seed)] * bool(view.cells.n.max() < 3)),
+            ("fewer than three seeds: no intervals, no tests", [f"{seeds} a cell"] * (seeds < 3)),
             ("not shown to have learned (‡)", _not_learned(view)),
             ("left out of means: no method has learned there", map(view.conditions.get, unlearned(view))),
             ("unequal numbers of configurations in a task, which favours more", _unequal(view)),
