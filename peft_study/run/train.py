@@ -569,8 +569,8 @@ def others_memory() -> float:
 
 # %% ../../nbs/run/06_train.ipynb #818b1a9a
 _GPU_IS_LOST = re.compile("CUDA error: (out of memory|unspecified launch failure|.*MPS)|"
-                          "CUBLAS_STATUS_(NOT_INITIALIZED|ALLOC_FAILED|EXECUTION_FAILED|INTERNAL_ERROR)|"
-                          "CUDNN_STATUS_(ALLOC_FAILED|EXECUTION_FAILED|INTERNAL_ERROR)")
+                          "CUBLAS_STATUS_(NOT_INITIALIZED|EXECUTION_FAILED|INTERNAL_ERROR)|"
+                          "CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)")
 
 def loses_gpu(e) -> bool:
     "Whether a process cannot use its GPU any more after an exception, or the text of one."
