@@ -463,7 +463,7 @@ def _name_rows(ax, rows:list[list[str]]):
         for height, text in enumerate(column):
             ax.annotate(text, (0, height), (shift, 0), xycoords=("axes fraction", "data"), **style)
         ax.annotate(head, (0, 1), (shift, 8), xycoords="axes fraction", color="#666666", **style | dict(fontsize=7))
-        shift -= max(30, 4.8 * max(map(len, column)) + 8)   # points, at this size of type
+        shift -= max(38, 4.8 * max(map(len, column)) + 8)   # points, at this size of type
 
 # %% ../../nbs/report/01_tables.ipynb #9a72f5f2
 def difference_table(view:View, name:str="tbl-differences") -> str:
