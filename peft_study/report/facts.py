@@ -151,24 +151,28 @@ def facts(study:str) -> Facts:
 
 # %% ../../nbs/report/03_facts.ipynb #ae0253ba
 def forest(study:Facts, rows:dict[str, Difference], # label → its difference
+           names:dict[str, str]={},                 # label → what the row is called
            margin:float|None=None):
     "Differences to full fine-tuning in points, with what each method trains beside the head and saves for a task."
-    fig, ax = plt.subplots(figsize=(9, .9 + .48 * len(rows)), layout="constrained", facecolor="white")
-    colours = _colours(rows)
-    if margin: ax.axvspan(-margin, 0, color="#e8f0e8", zorder=0)
+    fig, ax = plt.subplots(figsize=(9, 1.2 + .48 * len(rows)), layout="constrained", facecolor="white")
+    colours, across = _colours(rows), ("axes fraction", "data")
     ax.axvline(0, color="#888888", lw=1)
+    if margin:
+        ax.axvspan(-margin, 0, color="#e8f0e8", zorder=0)
+        ax.annotate("margin", (-margin / 2, -.55), ha="center", va="bottom", fontsize=11, color="#557755")
     for height, (label, d) in enumerate(rows.items()):
         ax.plot([d.low, d.high], [height, height], color=colours[label], lw=3, solid_capstyle="round")
         ax.plot(d.mean, height, "o", color=colours[label], ms=9)
-        beside = f"{study.parameters(label):,}   {study.megabytes(label):.1f} MB"
-        ax.annotate(beside, (1.02, height), xycoords=("axes fraction", "data"), va="center", fontsize=12)
+        for place, words in ((1.18, f"{study.parameters(label):,}"), (1.35, f"{study.megabytes(label):.1f} MB")):
+            ax.annotate(words, (place, height), xycoords=across, va="center", ha="right", fontsize=12)
     few = {label: f", {d.tasks} tasks" if d.tasks < len(study.tasks()) else "" for label, d in rows.items()}
-    ax.set_yticks(range(len(rows)), [shown_method(label) + few[label] for label in rows], fontsize=13)
+    ax.set_yticks(range(len(rows)), [names.get(m, shown_method(m)) + few[m] for m in rows], fontsize=13)
     ax.tick_params(axis="x", labelsize=12)
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - .5, -.6)
     ax.xaxis.set_major_formatter(lambda value, _: number(value, "g"))
     ax.set_xlabel("points above full fine-tuning", fontsize=12)
-    ax.annotate("trained beside the head, saved", (1.02, 1.01), xycoords="axes fraction", va="bottom", fontsize=11)
+    for place, words in ((1.18, "trained"), (1.35, "on disk")):
+        ax.annotate(words, (place, 1.01), xycoords="axes fraction", va="bottom", ha="right", fontsize=11)
     for side in ("top", "right", "left"): ax.spines[side].set_visible(False)
     ax.grid(axis="x", alpha=.25)
     return fig
