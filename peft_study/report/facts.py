@@ -163,7 +163,7 @@ def forest(study:Facts, rows:dict[str, Difference], # label → its difference
     for height, (label, d) in enumerate(rows.items()):
         ax.plot([d.low, d.high], [height, height], color=colours[label], lw=3, solid_capstyle="round")
         ax.plot(d.mean, height, "o", color=colours[label], ms=9)
-        for place, words in ((1.18, f"{study.parameters(label):,}"), (1.35, f"{study.megabytes(label):.1f} MB")):
+        for place, words in ((1.24, f"{study.parameters(label):,}"), (1.46, f"{study.megabytes(label):.1f} MB")):
             ax.annotate(words, (place, height), xycoords=across, va="center", ha="right", fontsize=12)
     few = {label: f", {d.tasks} tasks" if d.tasks < len(study.tasks()) else "" for label, d in rows.items()}
     ax.set_yticks(range(len(rows)), [names.get(m, shown_method(m)) + few[m] for m in rows], fontsize=13)
@@ -171,7 +171,7 @@ def forest(study:Facts, rows:dict[str, Difference], # label → its difference
     ax.set_ylim(len(rows) - .5, -.6)
     ax.xaxis.set_major_formatter(lambda value, _: number(value, "g"))
     ax.set_xlabel("points above full fine-tuning", fontsize=12)
-    for place, words in ((1.18, "trained"), (1.35, "on disk")):
+    for place, words in ((1.24, "trained"), (1.46, "on disk")):
         ax.annotate(words, (place, 1.01), xycoords="axes fraction", va="bottom", ha="right", fontsize=11)
     for side in ("top", "right", "left"): ax.spines[side].set_visible(False)
     ax.grid(axis="x", alpha=.25)
