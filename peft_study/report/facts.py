@@ -225,9 +225,11 @@ def make_paper() -> list[Path]: # the files made
     executed = execute_paper(paper)
     part = readme_part(executed)
     page.write_text(README_PART.sub(lambda found: found[1] + part + found[2], page.read_text("utf-8")), "utf-8")
-    for cell in executed.cells:
-        cell.metadata.pop("papermill", None)
-        if "readme" in cell.metadata.get("tags", ()): cell.outputs = []   # README has it
-    executed.metadata.pop("papermill", None)
+    for cell in executed.cells:   # what changes with each execution is not kept
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = dict(tags=tags) if tags else {}
+        if cell.cell_type == "code": cell.execution_count = None
+        if "readme" in tags: cell.outputs = []   # README has it
+    executed.metadata = dict(kernelspec=executed.metadata.kernelspec)
     nbformat.write(with_whole_words(executed), paper)
     return render(paper)[0]
