@@ -54,7 +54,7 @@ TEMPLATES = ["nbs/experiments/finetune.ipynb", "nbs/experiments/explore.ipynb", 
 def test_notebooks_use_the_repositorys_outputs(name, tmp_path):
     cells = nbformat.read(REPO/name, 4).cells
     given, = (c.source for c in cells if "parameters" in c.metadata.get("tags", []))
-    finds = "outputs or default_outputs()", "Paper(study, outputs)"   # Paper looks there as well
+    finds = "outputs or default_outputs()", "View(study, outputs)"   # View looks there as well
     assert 'outputs = "" ' in given and any(way in c.source for c in cells for way in finds)
     for folder in (tmp_path, REPO, REPO/"nbs/experiments"):
         with chdir(folder): assert default_outputs() == REPO/"outputs"
