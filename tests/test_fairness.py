@@ -5,7 +5,7 @@ import nbformat, numpy as np, pandas as pd, pytest
 from fabricate import final_seeds, run_folder
 from peft_study.tasks.glue import BadInput
 from peft_study.report.report import Trace, execute_report, percent, points, save_trace
-from peft_study.report.tables import (View, baseline, cost_table, data_table, difference_table, facts, forest,
+from peft_study.report.tables import (View, baseline, cost_table, data_table, difference_table, compared, forest,
                                       main_table, missing_table, other_methods, pair_table, paired_table, panels,
                                       parameters_figure, question_table, study_table, unlearned)
 from peft_study.results.table import (DevExamples, best_runs, cell_means, compare, compare_pairs, floors, learned,
@@ -107,7 +107,7 @@ def test_facts_are_one_table(tmp_path):
         for (task, accuracy), seed in product(of_tasks.items(), (1, 2, 3)):
             run_folder(tmp_path, accuracy, task_name=task, method=method, seed=seed)
     view = View("made_up", tmp_path)
-    found = facts(view).set_index(["where", "label"])
+    found = compared(view).set_index(["where", "label"])
     assert list(panels(view)) == ["mean of 2 tasks", "MRPC", "RTE"] and baseline(view) == "full"
     mean, (mrpc, rte) = found.loc[("mean of 2 tasks", "lora")], (found.loc[(t, "lora")] for t in ("MRPC", "RTE"))
     assert abs(mean.difference - (mrpc.difference + rte.difference) / 2) < 1e-12
@@ -243,7 +243,7 @@ def test_tasks_that_no_method_learns(tmp_path):
         for rank, worse in ((4, .2), (8, .1)): add(task, "lora", best - worse, rank=rank)
     view = View("made_up", tmp_path)
     assert [place[0] for place in unlearned(view)] == ["wnli"]
-    assert list(panels(view)) == ["RTE", "WNLI"] and set(facts(view)["where"]) == {"RTE", "WNLI"}   # no mean
+    assert list(panels(view)) == ["RTE", "WNLI"] and set(compared(view)["where"]) == {"RTE", "WNLI"}   # no mean
     assert "| left out of means: no method has learned there | WNLI |" in missing_table(view)
     add("mrpc", "full", .9)
     add("mrpc", "lora", .8, rank=8)
@@ -257,7 +257,7 @@ def test_means_over_tasks(tmp_path):
     for method, of_tasks in accuracies.items():
         for task, accuracy in zip(("rte", "mrpc"), of_tasks):
             for seed in (1, 2, 3): run_folder(tmp_path, accuracy, task_name=task, method=method, seed=seed)
-    found = facts(View("made_up", tmp_path)).query("label == 'adapter'")
+    found = compared(View("made_up", tmp_path)).query("label == 'adapter'")
     mean, each = found[found.tasks == 2].iloc[0], found[found.tasks == 1]
     assert abs(mean.difference - each.difference.mean()) < 1e-12
     assert mean.high - mean.low < (each.high - each.low).min()
@@ -278,7 +278,7 @@ def test_seeds_that_are_missing(tmp_path):
     for seed in range(1, 6): run_folder(tmp_path, .95 - .03 * seed, method="full", seed=seed)
     for seed in (1, 2, 3): run_folder(tmp_path, .7, method="lora", seed=seed)
     for seed, method in ((1, "full"), (2, "lora")): run_folder(tmp_path, .8, task_name="mrpc", method=method, seed=seed)
-    found = facts(View("made_up", tmp_path)).set_index("where")
+    found = compared(View("made_up", tmp_path)).set_index("where")
     assert found.n["RTE"] == 3 and math.isclose(found.low["RTE"], compare(load_runs("made_up", tmp_path),
                                                 examples=DevExamples(tmp_path)).set_index("task_name").low["rte"])
     assert found.n["mean of 2 tasks"] == found.n["MRPC"] == 0   # which have no seed in common
@@ -344,7 +344,7 @@ def test_no_task_is_learned(tmp_path):
     for method, accuracy in (("full", .4), ("lora", .3)):
         for seed in (1, 2, 3): run_folder(tmp_path, accuracy, method=method, seed=seed)
     view = View("made_up", tmp_path)
-    assert unlearned(view) == [] and "| RTE: full, LoRA |" in missing_table(view) and len(facts(view)) == 1
+    assert unlearned(view) == [] and "| RTE: full, LoRA |" in missing_table(view) and len(compared(view)) == 1
 
 
 @pytest.mark.parametrize("method", ["head", "full", "lora"])
@@ -353,7 +353,7 @@ def test_one_method_alone(tmp_path, method, seeds):
     "A study of one method has a report as well, without comparisons."
     for seed in range(seeds): run_folder(tmp_path, .8, method=method, seed=seed)
     view = View("made_up", tmp_path)
-    assert facts(view).empty and forest(view) is None and difference_table(view) == ""
+    assert compared(view).empty and forest(view) is None and difference_table(view) == ""
     assert parameters_figure(view) is None
     text = missing_table(view)
     assert ("no full fine-tuning" in text) == (method != "full") and ("no linear probe" in text) == (method != "head")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import PROGRAM, REPO, descendants, flags, kill_tree
 from peft_study.run.config import read_study
+from peft_study.run.runs import read_config, read_result
 
 PYTHON = f"3.{sys.version_info.minor}"
 LOOPBACK = """
@@ -107,6 +108,11 @@ def test_there_and_back(home, alone, tmp_path):
 
     code, out, err = peft_study(home, "adopt", pack/"records.tar.xz")
     assert code == 0 and "short: 3 runs taken in, 0 were here" in out, out + err
+    def names(config): return config["data"], config["checkpoint"]
+    declared = {c.run_id: names(c.flat()) for c in read_study("short", home/"settings.ini").configs}
+    for name, wanted in declared.items():   # of home, not of the pack
+        folder = home/"outputs/short/runs"/name
+        assert names(read_config(folder).flat()) == names(read_result(folder)["config"]) == wanted
     code, out, err = peft_study(home, "study", "short", "--outputs", "own", "--checkpoint-minutes", 0)
     assert code == 0 and findings(home/"outputs") == findings(home/"own"), err
     assert {c.run_id for c in read_study("short", home/"settings.ini").configs} == set(findings(home/"own"))

@@ -182,7 +182,7 @@ def sizes(method): return dict(full=("top_k", range(1, 13)), lora=("rank", [2**k
 
 def test_a_thousand_runs(tmp_path):
     "Table and figures of 1,000 run folders in under 20 seconds."
-    from peft_study.results.plots import cost_vs_score, difference_map, plt, relative_to_full, score_vs_parameters
+    from peft_study.results.plots import cost_vs_score, plt, score_vs_parameters
     from peft_study.report.report import Trace
     from peft_study.report.tables import main_table, size_table
     from peft_study.results.table import DevExamples, compare, load_runs
@@ -198,7 +198,7 @@ def test_a_thousand_runs(tmp_path):
     assert made == 1000
     start = time.time()
     table, trace = load_runs("many", tmp_path), Trace()
-    for draw in (score_vs_parameters, relative_to_full, cost_vs_score, difference_map): plt.close(draw(table))
+    for draw in (score_vs_parameters, cost_vs_score): plt.close(draw(table))
     examples = DevExamples(tmp_path)   # which there are none of
     assert len(compare(table, "top_k")) == 8
     assert main_table(table, trace, examples) and size_table(table, trace, examples)

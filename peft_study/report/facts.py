@@ -17,6 +17,7 @@ import nbformat
 from fastcore.basics import patch
 from ..files import BadInput, root
 from .report import render, with_whole_words
+from .tables import with_parts
 from ..results.plots import _colours, number, shown_method
 from ..results.table import (CONDITION, DevExamples, answers, asked, best_sizes, done, epoch_scores, floors,
                                       load_runs, paired, runs_of)
@@ -53,7 +54,8 @@ class Facts:
                 ):
         self.study, self._folder = study, TemporaryDirectory()
         if not adopt(study, self._folder.name, records): raise BadInput(f"study {study!r} has no published records")
-        self.table, self.examples = load_runs(study, self._folder.name), DevExamples(self._folder.name)
+        self.table = with_parts(load_runs(study, self._folder.name))
+        self.examples = DevExamples(self._folder.name)
         self.best = best_sizes(self.table)
         self.epochs = epoch_scores(runs_of(self.table, self.best), self._folder.name)
 
@@ -83,10 +85,8 @@ class Facts:
 # %% ../../nbs/report/03_facts.ipynb #faa133d3
 @patch
 def parameters(self:Facts, label:str) -> int:
-    "What the method trains beside the head (and the pooler, where that learns): the linear probe has no more."
-    runs, task = done(self.table), self.tasks(label, "head")[0]
-    both = runs[runs.task_name == task].groupby("label").parameters_trainable.max()
-    return int(both[label] - both["head"])
+    "What the method trains beside the head (and the pooler, where that learns)."
+    return int(self.runs(label, self.tasks(label)).own.max())
 
 @patch
 def share(self:Facts, label:str) -> float:

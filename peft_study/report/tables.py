@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECISIONS', 'PAIRED', 'listed', 'span', 'rates', 'seed_list', 'named', 'short_count', 'between', 'half_width',
            'p_text', 'interval_text', 'encoder_config', 'common_parameters', 'with_parts', 'View', 'unlearned',
-           'learnable', 'panels', 'baseline', 'facts', 'Marks', 'ordered_cells', 'declared_runs', 'study_table',
+           'learnable', 'panels', 'baseline', 'compared', 'Marks', 'ordered_cells', 'declared_runs', 'study_table',
            'used_of_training', 'data_table', 'untrained', 'question_table', 'former_questions', 'cell_names',
            'main_table', 'size_table', 'forest', 'difference_table', 'parameters_figure', 'parameters_table',
            'optimism_table', 'dev_selected_table', 'edges', 'edge_table', 'cost_table', 'cost_by_task', 'pair_table',
@@ -175,7 +175,7 @@ def baseline(view:View) -> str:
     return next((label for label in [*asked_about, "full"] if label in view.methods), "")
 
 @cache
-def facts(view:View) -> pd.DataFrame:
+def compared(view:View) -> pd.DataFrame:
     "`differences` to the baseline, a row a panel and method: what tables and figures of comparisons read."
     margin = view.questions.margin if view.questions else None
     return differences(view.table, panels(view), baseline(view), view.examples, margin)
@@ -431,7 +431,7 @@ def _draw_rows(ax, rows, labels:list[str], colours:dict, low, high):
 # %% ../../nbs/report/01_tables.ipynb #ae730115
 def forest(view:View):
     "None without a baseline, or where nothing is compared with it."
-    found = facts(view) if baseline(view) else pd.DataFrame(dict(n=[]))
+    found = compared(view) if baseline(view) else pd.DataFrame(dict(n=[]))
     if not found.n.any(): return None
     labels, where, colours = methods_in(found), list(dict.fromkeys(found["where"])), _colours(set(view.methods))
     across = min(3, len(where))
@@ -470,7 +470,7 @@ def difference_table(view:View, name:str="tbl-differences") -> str:
     "Markdown: a row a fact; empty where nothing is compared."
     if not baseline(view): return ""
     trace_name, where, rows = cell_names(view.runs), panels(view), []
-    for f in facts(view).to_dict("records"):
+    for f in compared(view).to_dict("records"):
         size = shown_size(f["size"]) if f["size"] else "chosen"
         text, over = points(f["difference"]), where[f["where"]]
         if f["n"] and len(over) == 1:

@@ -7,9 +7,9 @@ __all__ = ['FINGERPRINTS', 'FIRST', 'CONDITION', 'CELL', 'DEV_FILE', 'EPOCHS_FIL
            'of_superseded_code', 'stages', 'reported', 'not_reported', 'different_threads', 'as_table', 'table_of',
            'load_runs', 'done', 'methods_in', 'made_up', 'studies', 'write_results', 'predictions_of',
            'publish_predictions', 'epochs_of', 'epoch_scores', 'publish_epochs', 'to_numbers', 'DevExamples',
-           'cell_means', 'best_sizes', 'runs_of', 'best_runs', 'floors', 'learned', 'paired', 'compare',
-           'compare_over_tasks', 'asked', 'answers', 'differences', 'pairs', 'compare_pairs', 'dev_selected',
-           'budget_curves', 'compare_on_dev', 'disagreements']
+           'cell_means', 'best_sizes', 'runs_of', 'best_runs', 'floors', 'learned', 'paired', 'compare', 'asked',
+           'answers', 'differences', 'pairs', 'compare_pairs', 'dev_selected', 'budget_curves', 'compare_on_dev',
+           'disagreements']
 
 # %% ../../nbs/results/01_table.ipynb #06cc9d41
 import hashlib, json, math, os
@@ -26,7 +26,7 @@ from ..methods.core import find_method, method_names
 from ..run.runs import (kept_epoch, read_config, read_metrics, read_record, read_result, run_folders, status,
                                  write_atomic)
 from .statistics import (constant_prediction, expected_best, holm, is_enough, mcnemar,
-                                           paired_bootstrap, paired_tasks, resampled_score, two_level)
+                                           paired_bootstrap, resampled_score, two_level)
 
 # %% ../../nbs/results/01_table.ipynb #3b882cc7
 def flatten(result:dict, prefix:str="") -> dict:
@@ -467,19 +467,6 @@ def compare(table, baseline:str="full", examples:DevExamples|None=None):
             found = paired(runs[label], runs[baseline], examples)
             if found["n"]: rows.append(dict(zip(CONDITION, condition)) | dict(label=label) | found)
     return pd.DataFrame(rows, columns=[*CONDITION, "label", "difference", "n", "low", "high", "p"])
-
-def compare_over_tasks(table, baseline:str="full"):
-    "A row an encoder and method: `tasks`, on how many it is `better`, mean `difference`, and Wilcoxon's `p`."
-    best, rows = best_sizes(table), []
-    for (encoder, synthetic), cells in best.groupby(["encoder", best.data == "demo"], sort=False):
-        scores = cells.pivot_table(index="task_name", columns="label", values="score", sort=False)
-        for label in [m for m in methods_in(cells) if m != baseline] if baseline in scores else []:
-            both = scores[[label, baseline]].dropna()
-            if both.empty: continue
-            difference = both[label] - both[baseline]
-            rows.append(dict(encoder=encoder, label=label, tasks=len(both), better=int((difference > 0).sum()),
-                             difference=difference.mean(), p=paired_tasks(both[label], both[baseline])))
-    return pd.DataFrame(rows, columns=["encoder", "label", "tasks", "better", "difference", "p"])
 
 # %% ../../nbs/results/01_table.ipynb #65b7d011
 def asked(study:str, outputs="outputs") -> Questions|None:

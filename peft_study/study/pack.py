@@ -23,7 +23,7 @@ from ..tasks.data import (PACKAGED, checkpoint_path, data_fingerprint, has_split
 from ..files import BadInput, import_object, own_source, read_json, read_text, reason, root, settings_files
 from ..tasks.glue import Task, get_task, splits
 from .records import RUNS_FILE, _write_runs, begun, published_runs, records_folder
-from ..run.runs import (PACKED, commit, is_done, make_folder, read_record, read_result, write_atomic,
+from ..run.runs import (PACKED, commit, is_done, make_folder, places, read_record, read_result, write_atomic,
                                  write_json)
 
 # %% ../../nbs/study/03_pack.ipynb #49290d1b
@@ -436,14 +436,32 @@ def _check_run(folder:Path):
         raise BadInput(f"run {folder.name}: its settings and fingerprints are those of {name}")
 
 # %% ../../nbs/study/03_pack.ipynb #099ce837
+def _names_here(result:dict) -> dict: # setting → value
+    "What a run's data and checkpoint are called at home: as its study declares them there, if they are the same."
+    run, origin = RunConfig(**result["config"]), result.get("provenance", {})
+    try: declared = [c for c in read_study(run.study, auto="fp32").configs if c.task_name == run.task_name]
+    except BadInput: return {}   # it is declared nowhere here
+    def examples(data): return run.model_copy(update=dict(data=data)).selection_fingerprint()
+    def is_same(fingerprint, value, known):
+        try: return fingerprint(value) == known
+        except BadInput: return False   # it is not to be had at the moment
+    named = dict(data=(examples, "use_fingerprint"), checkpoint=(checkpoint_fingerprint, "checkpoint_fingerprint"))
+    return {name: value for name, (fingerprint, key) in named.items()
+            for value in dict.fromkeys(getattr(c, name) for c in declared)
+            if is_same(fingerprint, value, origin.get(key))}
+
 def _take_in(folder:Path, to:Path):
     "Copy a run, its result last: with it the run counts as finished."
-    for file in sorted(folder.rglob("*"), key=lambda f: f.name == "result.json"):
-        if not file.is_file(): continue
+    result = read_json(folder/"result.json")
+    names = _names_here(result)
+    config = RunConfig(**_settings(folder/"config.json") | names)
+    told = {k: v for k, v in read_json(folder/"config.json").items() if k != "places"}
+    for file in sorted(folder.rglob("*")):
+        if not file.is_file() or file.name in ("config.json", "result.json"): continue
         make_folder((to/file.relative_to(folder)).parent)
-        if file.name == "config.json":
-            write_json(to/file.name, {k: v for k, v in read_json(file).items() if k != "places"})
-        else: write_atomic(to/file.relative_to(folder), lambda f: f.write(file.read_bytes()))
+        write_atomic(to/file.relative_to(folder), lambda f: f.write(file.read_bytes()))
+    write_json(to/"config.json", told | names | places(config))
+    write_json(to/"result.json", result | dict(config=result["config"] | names))
 
 def adopt_records(file, outputs="outputs") -> dict[str, tuple[int, int]]: # study → runs taken in, runs that were here
     "Take in what another machine has run."
