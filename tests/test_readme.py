@@ -8,7 +8,7 @@ import pytest
 from conftest import REPO
 from peft_study.bench.bench import against_peers, ratios
 from peft_study.files import BadInput
-from peft_study.report.facts import Facts, README_PART, execute_paper, readme_part
+from peft_study.report.facts import Facts, _README_PART, execute_paper, readme_part
 
 TEXT = (REPO/"README.md").read_text()
 
@@ -16,7 +16,7 @@ TEXT = (REPO/"README.md").read_text()
 def test_findings(tmp_path):
     "The first screen is what the paper shows, whose numbers and claims are checked in its execution."
     executed = execute_paper(tmp_path/"paper.ipynb")
-    found = README_PART.search(TEXT)
+    found = _README_PART.search(TEXT)
     assert found and found[0] == found[1] + readme_part(executed) + found[2]
 
 
@@ -79,12 +79,13 @@ def test_length():
     assert len(TEXT.splitlines()) <= 150
 
 
-def test_submission(command, glue, tmp_path):
+@pytest.mark.parametrize("study", ["small", "core"])
+def test_submission(study, command, glue, tmp_path):
     "A fresh clone makes the published submission from the records."
     if glue.resolve() != (REPO/"../shared/glue").resolve(): pytest.skip("the published runs name ../shared/glue")
-    code, out, err = command("predict", "small", "--fill", cwd=REPO, outputs=tmp_path)
+    code, out, err = command("predict", study, "--fill", cwd=REPO, outputs=tmp_path)
     assert code == 0, err
-    made, published = tmp_path/"small/submission/best", REPO/"reports/records/small/submission/best"
+    made, published = tmp_path/study/"submission/best", REPO/"reports/records"/study/"submission/best"
     assert (made/"manifest.json").read_text() == (published/"manifest.json").read_text()
     with ZipFile(published/"submission.zip") as z:
         for name in z.namelist(): assert (made/name).read_bytes() == z.read(name), name
