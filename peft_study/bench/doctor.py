@@ -18,7 +18,7 @@ def _build() -> str:
 def device_rows() -> dict[str, str]:
     "What runs would run on, and what stands between."
     import torch
-    from peft_study.run.config import _bf16_hardware
+    from peft_study.run.config import bf16_hardware
     from peft_study.run.runs import cores, device_name, gpu_versions
     from peft_study.study.sweep import gpu_trouble
     rows = dict(build=_build())
@@ -27,7 +27,7 @@ def device_rows() -> dict[str, str]:
     try:
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if gpus: rows["device"] = ", ".join(gpus)
-        bf16 = _bf16_hardware()
+        bf16 = bf16_hardware()
     except (RuntimeError, AssertionError) as e:   # the driver is too old, for instance
         return rows | dict(GPUs=f"cannot be used: {str(e).strip().splitlines()[0]}", bf16="unknown")
     if trouble := gpu_trouble(): rows["GPUs"] = trouble
