@@ -1213,6 +1213,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'peft_study.results.table._method': ('results/table.html#_method', 'peft_study/results/table.py'),
                                           'peft_study.results.table._over_constant': ( 'results/table.html#_over_constant',
                                                                                        'peft_study/results/table.py'),
+                                          'peft_study.results.table._published_predictions': ( 'results/table.html#_published_predictions',
+                                                                                               'peft_study/results/table.py'),
                                           'peft_study.results.table._resampled': ( 'results/table.html#_resampled',
                                                                                    'peft_study/results/table.py'),
                                           'peft_study.results.table._row': ('results/table.html#_row', 'peft_study/results/table.py'),

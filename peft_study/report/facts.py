@@ -9,7 +9,7 @@ __all__ = ['Difference', 'claim', 'Facts', 'facts', 'forest', 'epochs_figure', '
 # %% ../../nbs/report/03_facts.ipynb #22e8bacc
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import matplotlib.pyplot as plt
@@ -58,6 +58,13 @@ class Facts:
         self.examples = DevExamples(self._folder.name)
         self.best = best_sizes(self.table)
         self.epochs = epoch_scores(runs_of(self.table, self.best), self._folder.name)
+
+    @cached_property
+    def questions(self) -> dict: # label → row of `answers`
+        "What was declared before the runs, with its answer."
+        declared = asked(self.study, self._folder.name)
+        if not declared: return {}
+        return answers(self.table, declared, self.examples).set_index("label", drop=False).to_dict("index")
 
     def tasks(self, *labels) -> list[str]:
         "Those on which all of these methods are reported."
@@ -136,13 +143,6 @@ def late_gains(self:Facts, label:str, epochs:int=2): # task → points
     "What the tuning score gains in so many last epochs."
     rows = self.epochs[self.epochs.label == label].groupby(["task_name", "epoch"]).tune_score.mean().unstack()
     return 100 * (rows.iloc[:, -1] - rows.iloc[:, -1 - epochs])
-
-@patch(as_prop=True)
-def questions(self:Facts) -> dict: # label → row of `answers`
-    "What was declared before the runs, with its answer."
-    declared = asked(self.study, self._folder.name)
-    if not declared: return {}
-    return answers(self.table, declared, self.examples).set_index("label", drop=False).to_dict("index")
 
 @cache
 def facts(study:str) -> Facts:

@@ -131,11 +131,13 @@ def paired_tasks(a, b) -> float:
 
 # %% ../../nbs/results/00_statistics.ipynb #30df4645
 def holm(p) -> list[float]:
-    "Corrected p, in the same order; nan is no comparison and stays."
-    from statsmodels.stats.multitest import multipletests
+    "Corrected p, in the same order; nan is no comparison and stays. Holm 1979."
     p = np.asarray(p, float)
-    out, known = p.copy(), ~np.isnan(p)
-    if known.any(): out[known] = multipletests(p[known], method="holm")[1]
+    order = np.argsort(p)                        # nan comes last
+    comparisons = np.count_nonzero(~np.isnan(p))
+    factors = comparisons - np.arange(len(p))    # the smallest p times all, the next times one less, …
+    out = np.empty_like(p)
+    out[order] = np.minimum(np.maximum.accumulate(factors * p[order]), 1)
     return out.tolist()
 
 # %% ../../nbs/results/00_statistics.ipynb #c88a6824

@@ -13,7 +13,7 @@ __all__ = ['FINGERPRINTS', 'FIRST', 'CONDITION', 'CELL', 'DEV_FILE', 'EPOCHS_FIL
 
 # %% ../../nbs/results/01_table.ipynb #06cc9d41
 import hashlib, json, math, os
-from functools import reduce
+from functools import lru_cache, reduce
 from io import StringIO
 from pathlib import Path
 import numpy as np
@@ -259,6 +259,11 @@ def write_results(study:str, outputs="outputs"):
 # %% ../../nbs/results/01_table.ipynb #35abd3a2
 DEV_FILE = "dev_predictions.parquet"   # of a published study: columns run_id, index, prediction, label
 
+@lru_cache(maxsize=4)
+def _published_predictions(file:Path, changed:int) -> dict: # when it last changed, in ns; run id → its rows
+    rows = pd.read_parquet(file)
+    return {run_id: of_run.drop(columns="run_id") for run_id, of_run in rows.groupby("run_id", observed=True)}
+
 def predictions_of(run_id:str, study_folder, split:str="dev") -> pd.DataFrame|None:
     "What a run has predicted, by index: from its folder, or, for dev, from the file of a published study."
     study_folder, words = Path(study_folder), dict(label=str, prediction=str)
@@ -268,8 +273,8 @@ def predictions_of(run_id:str, study_folder, split:str="dev") -> pd.DataFrame|No
         try: return pd.read_csv(text, sep="\t", dtype=words, keep_default_na=False).set_index("index")
         except (ValueError, KeyError) as e: raise BadInput(f"{file}: no table with a column index ({e})") from None
     if split != "dev" or not published.is_file(): return None
-    rows = pd.read_parquet(published, filters=[("run_id", "==", run_id)]).drop(columns="run_id")
-    return rows.astype(words).set_index("index") if len(rows) else None
+    rows = _published_predictions(published, published.stat().st_mtime_ns).get(run_id)
+    return None if rows is None else rows.astype(words).set_index("index")
 
 # %% ../../nbs/results/01_table.ipynb #6c275f61
 def publish_predictions(table, study_folder):
@@ -474,9 +479,9 @@ def asked(study:str, outputs="outputs") -> Questions|None:
     found = read_record(study, outputs).get("questions")
     return Questions(**found) if found else None
 
-def _side_runs(table, label:str, size:str|None, tasks):
+def _side_runs(table, cells, best, label:str, size:str|None, tasks): # of `cell_means`, of `best_sizes`
     "The runs of a method on these tasks: of one size, or of that which is chosen on each."
-    cells = cell_means(table) if size else best_sizes(table)
+    cells = cells if size else best
     cells = cells[(cells.label == label) & cells.task_name.isin(tasks)]
     return runs_of(table, cells[cells["size"] == size] if size else cells)
 
@@ -491,8 +496,9 @@ def answers(table, questions:Questions, examples:DevExamples|None=None):
     its tasks, `p_holm` over these contrasts alone, `at_most` so far below, and the `verdict` on the margin. One that
     `lacks` tasks has no answer."""
     conditions, rows = set(map(tuple, reported(table)[CONDITION].values)), []
+    cells, best = cell_means(table), best_sizes(table)
     for contrast in questions.primary:
-        sides = [_side_runs(table, label, size, questions.tasks) for label, size in
+        sides = [_side_runs(table, cells, best, label, size, questions.tasks) for label, size in
                  ((contrast.label, contrast.size), (contrast.against, contrast.against_size))]
         of_both = set.intersection(*(set(map(tuple, side[CONDITION].values)) for side in sides))
         answered = {condition[0] for condition in of_both} - {condition[0] for condition in conditions - of_both}
