@@ -46,8 +46,9 @@ def differing(stored, executed) -> list[tuple]: # a cell as stored, and as execu
 
 
 # By CPU time. Two processes take one notebook after the other, and end together if the long ones come first.
-LONGEST = ("results/00_statistics", "answer/02_compare", "02_cli", "bench/01_bench", "bench/02_gpu", "study/01_sweep",
-           "study/03_pack", "run/06_train", "run/07_stack", "report/00_report", "report/01_tables", "report/03_facts", "report/02_docs")
+LONGEST = ("answer/02_compare", "02_cli", "bench/01_bench", "results/00_statistics", "bench/02_gpu", "study/01_sweep",
+           "study/03_pack", "run/06_train", "run/07_stack", "report/00_report", "report/01_tables", "report/03_facts",
+           "report/02_docs")
 
 
 def execute(files) -> bool: # whether one has failed
