@@ -1,4 +1,5 @@
-import json, os, signal, socket, subprocess, sys
+import fcntl, json, os, signal, socket, subprocess, sys
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 import psutil, pytest
@@ -136,18 +137,35 @@ def glue():
     return folder
 
 
+@contextmanager
+def made_once(factory, name:str):
+    "A folder that the processes of a session share, and whether it has to be made: by the first; the others wait."
+    here = factory.getbasetemp()
+    here = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
+    folder, made = here/name, here/f"{name}.made"
+    folder.mkdir(exist_ok=True)
+    with open(here/f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder, not made.exists()
+        made.touch()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     "A folder with a very small BERT of random weights, for tests that are about processes and files."
+    with made_once(tmp_path_factory, "tiny") as (folder, first):
+        if first: make_tiny(folder)
+    return folder
+
+
+def make_tiny(folder):
     import torch
     from peft_study.tasks.data import load_tokenizer
     from transformers import BertConfig, BertForMaskedLM
-    folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     BertForMaskedLM(config).save_pretrained(folder)
     load_tokenizer("minilm").save_pretrained(folder)
-    return folder
 
 
 EIGHT = """
@@ -171,8 +189,8 @@ top_k = 1
 @pytest.fixture(scope="session")
 def study(tmp_path_factory, tiny):
     "A function that starts `peft-study study eight`, eight short runs, in its `folder`, results in NAME."
-    folder = tmp_path_factory.mktemp("study")
-    (folder/"settings.ini").write_text(EIGHT.format(checkpoint=tiny))
+    with made_once(tmp_path_factory, "study") as (folder, first):
+        if first: (folder/"settings.ini").write_text(EIGHT.format(checkpoint=tiny))
     def start(name, *more, env={}, start=()):
         command = [*start, *PROGRAM, "study", "eight", *flags(outputs=name, checkpoint_minutes=0), *more]
         return subprocess.Popen(command, cwd=folder, env=os.environ | dict(OMP_NUM_THREADS="1") | env,
@@ -182,10 +200,12 @@ def study(tmp_path_factory, tiny):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(study):
-    child = study("quiet", "--jobs", "2")
-    out, _ = child.communicate()
-    assert child.returncode == 0 and "8/8" in out, out
+def undisturbed(study, tmp_path_factory):
+    with made_once(tmp_path_factory, "undisturbed") as (_, first):
+        if first:
+            child = study("quiet", "--jobs", "2")
+            out, _ = child.communicate()
+            assert child.returncode == 0 and "8/8" in out, out
     return findings(study.folder/"quiet")
 
 

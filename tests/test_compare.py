@@ -132,6 +132,7 @@ def test_light():
 def test_leak(tmp_path, tiny, monkeypatch):
     "Where the text has the label, word counts are enough; the model leaves, and labels new texts; the study is kept."
     from peft_study import classify
+    from peft_study.answer.compare import export_best
     from peft_study.answer.plan import study_of
     from peft_study.run.config import read_study
     from transformers import pipeline
@@ -141,12 +142,18 @@ def test_leak(tmp_path, tiny, monkeypatch):
     assert read_study("rows").configs == study_of(answer.folder).configs
     assert answer.best.name == "tfidf" and "take logistic regression on TF-IDF" in said
     assert answer.best.predict(["a story yes", "a story no"]) == ["good", "bad"]
-    labelled = classify(tmp_path/"model", tmp_path/"rows.csv")
-    again = pipeline("text-classification", model=str(tmp_path/"model"))([t for t, _ in rows[:20]], truncation=True)
+    assert f"peft-study export {answer.fine_tuned.model} --to NEW" in said   # for whoever wants it all the same
+    some = [t for t, _ in rows[:20]]
+    for name in ("tfidf", "embeddings", answer.fine_tuned.name):   # whichever is recommended leaves
+        answer.best = next(e for e in answer.entries if e.name == name)
+        if name != "tfidf": export_best(answer, tmp_path/f"{name} model")
+        model = tmp_path/("model" if name == "tfidf" else f"{name} model")
+        labelled = classify(model, tmp_path/"rows.csv")
+        assert answer.best.predict(some) == labelled.predicted[:20].tolist()
+        assert "How it was chosen" in (model/"README.md").read_text()
+        assert (labelled.filter(like="p(").sum(axis=1) - 1).abs().max() < 1e-4
+    again = pipeline("text-classification", model=str(model))(some, truncation=True)
     assert [r["label"] for r in again] == labelled.predicted[:20].tolist()
-    assert answer.fine_tuned.predict([t for t, _ in rows[:20]]) == labelled.predicted[:20].tolist()
-    assert "How it was chosen" in (tmp_path/"model/README.md").read_text()
-    assert (labelled.filter(like="p(").sum(axis=1) - 1).abs().max() < 1e-4
 
 
 def test_goes_on_after_a_kill(tmp_path, tiny):

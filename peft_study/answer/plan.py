@@ -251,20 +251,22 @@ class WordCounts:
 
 class Embeddings:
     "The mean of the encoder's last hidden states, as it comes; of two texts both, their product and difference."
-    def __init__(self, config): self.config, self.known = config, {}
+    def __init__(self, checkpoint:str, max_length:int):
+        self.checkpoint, self.max_length, self.known = checkpoint, max_length, {}
+
     def fit(self, rows): return self
 
     def _embed(self, texts): # (texts, H)
         import torch
-        from peft_study.run.model import build_model, mean_of_tokens
+        from transformers import AutoModel
+        from peft_study.run.model import mean_of_tokens
         if not hasattr(self, "model"):
-            self.tokenizer = load_tokenizer(self.config.checkpoint)
-            frozen = self.config.model_copy(update=dict(method=find_method("head")()))
-            self.model = build_model(frozen).base_model.eval()
+            self.tokenizer = load_tokenizer(self.checkpoint)
+            self.model = AutoModel.from_pretrained(checkpoint_path(self.checkpoint), dtype=torch.float32).eval()
         new = sorted(set(texts) - self.known.keys(), key=len)
         with torch.inference_mode():
             for i in range(0, len(new), 64):
-                batch = self.tokenizer(new[i:i + 64], padding=True, truncation=True, max_length=self.config.max_length,
+                batch = self.tokenizer(new[i:i + 64], padding=True, truncation=True, max_length=self.max_length,
                                        return_tensors="pt")
                 h = mean_of_tokens(self.model(**batch).last_hidden_state, batch["attention_mask"])
                 self.known.update(zip(new[i:i + 64], torch.nn.functional.normalize(h.float(), dim=1).numpy()))
@@ -310,7 +312,7 @@ class Baseline:
 # %% ../../nbs/answer/01_plan.ipynb #3d59a020
 def baselines(config:RunConfig) -> dict[str, Baseline]:
     task = get_task(config.task_name)
-    made = dict(constant=None, tfidf=WordCounts(), embeddings=Embeddings(config))
+    made = dict(constant=None, tfidf=WordCounts(), embeddings=Embeddings(config.checkpoint, config.max_length))
     return {name: Baseline(name, task, features) for name, features in made.items()}
 
 def selected(config:RunConfig) -> dict[str, list]:
