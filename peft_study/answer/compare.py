@@ -17,7 +17,7 @@ import pandas as pd
 from .plan import (BASELINES, METHODS, SEEDS, Embeddings, Plan, WordCounts, baseline_title, baselines,
                                     make_plan, measure, prepare, run_seconds, sections_of, selected, settings_of,
                                     study_of, write_settings)
-from .table import read_frame
+from .table import how_many, read_frame
 from ..files import BadInput, read_json, read_text
 from ..methods.core import described, find_method
 from ..results.statistics import two_level
@@ -386,7 +386,7 @@ def compare(file,               # CSV, TSV, JSONL, Parquet, gzip of these; a fol
             if work.plan: work.run()
         except KeyboardInterrupt: stopped = True
         if not work.entries: raise KeyboardInterrupt
-        if work.skipped: say(f"{work.skipped} runs are left out for want of time; the same command goes on")
+        if work.skipped: say(f"{how_many(work.skipped, 'run')} left out for want of time; the same command goes on")
         answer = Answer(folder, work.all_entries(), table.notes, pd.DataFrame(work.curve), stopped)
         finish(answer, work.parts, clock, say)
         if save_study: save_sections(folder, say)

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np
-from .table import Table, read_table, split_table, write_parts
+from .table import Table, how_many, read_table, split_table, write_parts
 from ..files import BadInput, read_json, read_text
 from ..methods.core import find_method
 from ..results.statistics import constant_prediction
@@ -73,7 +73,8 @@ def prepare(file, outputs="outputs", text=None, label=None, metric=None, checkpo
     folder, task = Path(outputs)/name, f"{table.name}_{own[:6]}"
     parts, share = split_table(table)
     length, longer = fitting_length(checkpoint, list(map(tuple, parts["train"][list(table.columns)].values)))
-    if longer: table.notes.append(f"about {longer:,} texts are longer than {length} tokens: only the beginning is read")
+    long = how_many(longer, "text")
+    if longer: table.notes.append(f"about {long} of more than {length} tokens: only the beginning is read")
     make_folder(folder)
     write_parts(table, parts, folder/"data")
     n = len(parts["train"])
@@ -168,13 +169,13 @@ class Plan:
     def n_runs(self) -> int: return len(self.methods) * self.n_rates + self.finalists * len(self.seeds)
 
     def line(self) -> str:
-        rates = f"{self.n_rates} rates" if self.n_rates > 1 else "1 rate"
         best = "the best" if self.finalists == 1 else f"the best {self.finalists}"
         final = f", then {len(self.seeds)} seeds of {best}" if self.finalists else ""
         used = "" if self.share == 1 else f", on {self.examples:,} of the training examples"
-        methods = f"{', '.join(self.methods)} × {rates}"
-        return (f"plan: 3 baselines, then {self.n_runs} runs of {self.n_epochs} epochs: {methods}"
-                f"{final}{used}; about {self.seconds / 60:.1f} minutes")
+        runs, epochs = how_many(self.n_runs, "run"), how_many(self.n_epochs, "epoch")
+        methods = f"{', '.join(self.methods)} × {how_many(self.n_rates, 'rate')}"
+        return (f"plan: 3 baselines, then {runs} of {epochs}: {methods}{final}{used}; "
+                f"about {self.seconds / 60:.1f} minutes")
 
 SEEDS = [1, 2, 3]
 OVERHEAD = 8.   # seconds of a run beside its steps and what it takes until its first one: evaluation, notebook, files

@@ -6,7 +6,7 @@
 __all__ = ['READERS', 'PARTS', 'TEXTS', 'LABELS', 'PAIRS', 'MOST_LABELS', 'MISSING', 'FEWEST', 'DEV_SHARE', 'TUNE_SHARES',
            'MOST_ROWS', 'as_word', 'as_frame', 'find_separator', 'has_header', 'is_number', 'read_frame', 'is_readable',
            'read_parts', 'looks_like_text', 'looks_like_label', 'find_columns', 'is_regression', 'label_words',
-           'in_label_order', 'Table', 'read_table', 'identifier', 'task_of', 'examples_of', 'split_table',
+           'in_label_order', 'Table', 'how_many', 'read_table', 'identifier', 'task_of', 'examples_of', 'split_table',
            'write_parts']
 
 # %% ../../nbs/answer/00_table.ipynb #b65b62fb
@@ -262,10 +262,17 @@ def _named(frame, texts, label) -> pd.DataFrame: # text (text2) label
     return named.fillna("").map(str.strip)
 
 # %% ../../nbs/answer/00_table.ipynb #0dc3fcc9
-_said = {"no text": "rows have no text", "no label": "rows have no label", "a duplicate": "rows are exact duplicates",
-         "the only one of its label": "labels have a single example", "no number": "labels are no numbers",
-         "in dev as well": "training rows are in dev as well",
-         "too few of its label": "rows have labels too rare to be split"}
+def how_many(n:int, noun:str) -> str: # 1 run, 2 runs
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+_LEFT_OUT = {"no text": ("row", " without text"), "no label": ("row", " without label"),
+             "a duplicate": ("exact duplicate", ""), "the only one of its label": ("label", " with a single example"),
+             "no number": ("label", " other than a number"), "in dev as well": ("training row", " of dev as well"),
+             "too few of its label": ("row", " with a label too rare to be split")}
+
+def _left_out(n:int, why:str) -> str:
+    noun, which = _LEFT_OUT[why]
+    return how_many(n, noun) + which
 
 class _Sieve:
     "The parts of a file, and the rows that are left out of them."
@@ -312,7 +319,7 @@ def read_table(file:str, text:str|None=None, label:str|None=None, metric:str|Non
     _check_labels(table)
     table.notes[:0] = [_taken(table)]
     reasons = table.left_out.reason.value_counts().items()
-    table.notes += [f"{n:,} {_said[why]}: left out" for why, n in reasons] + _oddities(table)
+    table.notes += [f"{_left_out(n, why)}: left out" for why, n in reasons] + _oddities(table)
     return table
 
 # %% ../../nbs/answer/00_table.ipynb #ca639963
@@ -350,9 +357,9 @@ def _oddities(table:Table) -> list[str]:
     "What stays as it is, and should be known."
     train, found = table.parts["train"], []
     several = train.groupby(list(table.columns)).label.nunique()
-    if n := int((several > 1).sum()): found.append(f"{n:,} texts stand there with several labels: they stay")
+    if n := int((several > 1).sum()): found.append(f"{how_many(n, 'text')} with several labels: left in")
     markup = train.text.str.contains(r"</?(?:p|br|div|span|a|b|i|li|ul|td|h\d)\b[^>]*>", case=False).sum()
-    if markup: found.append(f"{markup:,} texts have HTML tags, which are read as text")
+    if markup: found.append(f"{how_many(markup, 'text')} with HTML tags, which are read as text")
     counts = train.label.value_counts()
     if table.labels and counts.iloc[0] > 5 * counts.iloc[-1]:
         most, least = [f"{counts.iloc[i]:,} of {counts.index[i]!r}" for i in (0, -1)]
@@ -407,7 +414,7 @@ def _split(table, frame, kept, train, dev, share):
     rare = frame.drop(kept.index)
     if len(rare):
         why = "too few of its label"
-        table.notes.append(f"{len(rare):,} {_said[why]} ({', '.join(sorted(set(rare.label))[:5])}): left out")
+        table.notes.append(f"{_left_out(len(rare), why)} ({', '.join(sorted(set(rare.label))[:5])}): left out")
         table.left_out = pd.concat([table.left_out, rare.assign(part="train", row=rare.index + 1, reason=why)])
     parts = dict(train=train, dev=table.parts["dev"] if dev is None else dev)
     if table.labels:   # a dev row may have a label that no training row has
