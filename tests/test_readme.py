@@ -31,8 +31,9 @@ def written_paper(core) -> dict:
     return names
 
 
-def test_claims(tmp_path):
+def test_claims(tmp_path, monkeypatch):
     "A number that changes in the records changes the text; a claim that is no longer true fails by its words."
+    monkeypatch.chdir(REPO/"reports")   # where the paper is executed
     records = tmp_path/"core"
     shutil.copytree(REPO/"reports/records/core", records)
     core = Facts("core", records)
