@@ -260,8 +260,10 @@ class Embeddings:
     def _embed(self, texts): # (texts, H)
         import torch
         from transformers import AutoModel
+        from transformers.utils.logging import disable_progress_bar
         from peft_study.run.model import mean_of_tokens
         if not hasattr(self, "model"):
+            disable_progress_bar()
             self.tokenizer = load_tokenizer(self.checkpoint)
             self.model = AutoModel.from_pretrained(checkpoint_path(self.checkpoint), dtype=torch.float32).eval()
         new = sorted(set(texts) - self.known.keys(), key=len)
