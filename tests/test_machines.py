@@ -60,6 +60,23 @@ def test_outputs_that_are_no_numbers_fail_the_run(command, tiny, tmp_path):
     assert not (folder/"result.json").exists() and sweep.diverged(folder)
 
 
+# --- a processor without bf16
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_products_of_bf16(tiny, hardware):
+    "Where bf16 has no hardware, and there alone, linear layers multiply rounded numbers in fp32."
+    from peft_study.run.config import RunConfig
+    from peft_study.run.model import build_model
+    model = build_model(RunConfig(task_name="cola", method="lora", checkpoint=str(tiny)))
+    with patch("peft_study.run.speed.bf16_hardware", lambda: hardware): speed_up(model, "bf16", torch.device("cpu"))
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    with patch("torch.nn.functional.linear", wraps=torch.nn.functional.linear) as product, torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16): out = layer(torch.randn(4, 32))
+    assert product.call_args.args[0].dtype == torch.float32 and out.dtype == torch.bfloat16
+    assert (product.call_args.args[1].dtype == torch.float32) == (not hardware)   # frozen weights are stored in bf16
+
+
 # --- what other jobs have left in the environment
 
 
