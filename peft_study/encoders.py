@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'FAMILIES', 'Sizes', 'Family', 'is_mean_pooled', 'get_family', 'families_where', 'get_sizes', 'Sites',
-           'head_parameters', 'pooler_parameters', 'tiny_config', 'check_family']
+           'head_parameters', 'pooler_parameters', 'mean_of_tokens', 'tiny_config', 'check_family']
 
 # %% ../nbs/01_encoders.ipynb #f7234fe4
 import re
@@ -185,6 +185,17 @@ def pooler_parameters(config) -> int:
     "Parameters of the pre-trained pooler: H² + H, or none (in ModernBERT a matrix and the scale of a LayerNorm)."
     H = config.hidden_size
     return H**2 + H if get_family(config).pooler else 0
+
+# %% ../nbs/01_encoders.ipynb #a6ac6d2b
+def mean_of_tokens(hidden, # (batch, length, H)
+                   mask    # (batch, length) or longer, 1 for tokens; None: all are
+                  ):       # (batch, H)
+    "The mean of the last hidden states of the tokens, summed in fp32 at least."
+    import torch
+    if mask is None: return hidden.mean(1)
+    of_hidden = mask[:, -hidden.shape[1]:, None]   # a prefix comes before, and has no hidden states
+    exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return ((exact * of_hidden).sum(1) / of_hidden.sum(1)).to(hidden.dtype)
 
 # %% ../nbs/01_encoders.ipynb #97dd0067
 def tiny_config(kind:str="bert", # a key of `FAMILIES`

@@ -24,7 +24,7 @@ class HfLoRA(OfficialMethod):
     "peft.LoraConfig on query and value."
     rank: int = Field(8, ge=1, description="r, the inner dimension of the update")
 
-    ours = "lora"
+    called, ours = "hf_lora", "lora"
     title = "LoRA (HF)"
     sized_by = ("r", "rank")
     start = "exact"
@@ -50,7 +50,7 @@ class HfPrompt(OfficialMethod):
     "peft.PromptTuningConfig."
     prompt_length: int = Field(20, ge=1, description="n, the number of virtual tokens")
 
-    ours = "prompt"
+    called, ours = "hf_prompt", "prompt"
     title = "prompt tuning (HF)"
     sized_by = ("n", "prompt_length")
     start = "other"
@@ -81,7 +81,7 @@ class HfPrefix(OfficialMethod):
     "peft.PrefixTuningConfig."
     prefix_length: int = Field(10, ge=1, description="n, the number of virtual tokens in each layer")
 
-    ours = "prefix"
+    called, ours = "hf_prefix", "prefix"
     title = "prefix tuning (HF)"
     sized_by = ("n", "prefix_length")
     start = "other"
@@ -107,7 +107,7 @@ class HfPrefix(OfficialMethod):
 # %% ../../nbs/methods/10_hf.ipynb #6c139154
 class HfIA3(OfficialMethod):
     "peft.IA3Config on keys, values and the input of ffn_out."
-    ours = "ia3"
+    called, ours = "hf_ia3", "ia3"
     title = "(IA)³ (HF)"
     start = "exact"
     trained = "a scale of keys, values and the input of ffn_out (Hugging Face PEFT)"

@@ -26,7 +26,7 @@ from ..tasks.demo import SIZES as DEMO_SIZES
 from ..encoders import head_parameters, pooler_parameters
 from ..files import default_outputs, root
 from ..tasks.glue import BadInput, TRAIN_ROWS, get_task
-from ..methods.core import find_method
+from ..methods.core import find_method, is_estimator
 from .report import Trace, as_it_is, cited, is_synthetic, markdown_table, percent, points
 from ..results.plots import (_colours, at_condition, condition_names, cost_vs_score,
                                       curves_by_condition, expected_best_figure, number, plt, score_vs_parameters,
@@ -54,8 +54,9 @@ def span(values, spec:str="") -> str:
     return ", ".join(words) if len(words) <= 12 else f"{words[0]} to {words[-1]}"
 
 def rates(values) -> str:
-    "Learning rates, as `5e-5, 1e-4`."
-    parts = [f"{v:e}".split("e") for v in sorted(set(values))]
+    "Learning rates, as `5e-5, 1e-4`; a dash where there is none."
+    parts = [f"{v:e}".split("e") for v in sorted(set(pd.Series(values, dtype=float).dropna()))]
+    if not parts: return "—"
     return ", ".join(f"{float(mantissa):g}e{int(exponent)}" for mantissa, exponent in parts)
 
 def seed_list(seeds) -> str: return listed(sorted({int(s) for s in seeds if s == s}))   # a broken folder has none
@@ -101,6 +102,7 @@ def encoder_config(checkpoint:str, n_outputs:int, pooling="model"):
 
 def common_parameters(run) -> tuple: # a row of the table of runs → pooler, head; nan without the configuration
     "What every method trains: the pooler where it learns, and the head."
+    if is_estimator(run["method"]): return 0, 0   # all that it learns is its own
     config = encoder_config(run["checkpoint"], get_task(run["task_name"]).n_outputs, run.get("pooling"))
     if config is None: return math.nan, math.nan
     learns = run.get("train_pooler") in [True]   # and not nan
@@ -240,9 +242,13 @@ def _seeds(view:View) -> str:
     return f"{tune} to tune; {final} to report"
 
 def _tried(view:View) -> str:
-    unequal = view.cells.groupby(CONDITION).tried.nunique().max() > 1
+    tuned = view.cells[~view.cells.label.map(is_estimator)]
+    without = listed(map(shown_method, dict.fromkeys(view.cells.label[view.cells.label.map(is_estimator)])))
+    if tuned.empty: return f"1: nothing of {without} is tuned"
+    unequal = tuned.groupby(CONDITION).tried.nunique().max() > 1
     declared = read_record(view.study, view.outputs).get("unequal_budgets")
-    return between(view.cells.tried, str) + ", unequal within a task" * bool(unequal) + ", as declared" * bool(declared)
+    words = between(tuned.tried, str) + ", unequal within a task" * bool(unequal) + ", as declared" * bool(declared)
+    return words + f"; 1 where nothing is tuned: {without}" * bool(without)
 
 # %% ../../nbs/report/01_tables.ipynb #aba8998b
 def study_table(view:View) -> str:
@@ -737,6 +743,8 @@ def _unequal(view:View) -> list[str]:
     found = []
     for condition in view.conditions:
         cells = at_condition(view.cells, condition)
+        cells = cells[~cells.label.map(is_estimator)]
+        if cells.empty: continue
         ends = [cells.loc[i] for i in (cells.tried.idxmin(), cells.tried.idxmax())]
         if ends[0].tried < ends[1].tried: found.append(" to ".join(f"{c.tried:.0f} ({_on(view, c)})" for c in ends))
     return found
@@ -823,8 +831,8 @@ def setup_table(view:View) -> str:
         sizes = ", ".join(dict.fromkeys(map(shown_size, runs.sort_values("parameters_trainable")["size"])))
         try: own = _own_settings(find_method(runs.method.iloc[0]), runs)
         except BadInput: own = ""
-        rows.append([shown_method(label), sizes, rates(runs.lr), span(runs.n_epochs), span(runs.batch_size), own,
-                     len(runs)])
+        steps = ["—"] * 2 if is_estimator(label) else [span(runs.n_epochs), span(runs.batch_size)]
+        rows.append([shown_method(label), sizes, rates(runs.lr), *steps, own, len(runs)])
     header = ["method", "sizes", "learning rates", "epochs", "batch", "own settings", "runs"]
     return _without_empty_columns(header, rows, right=6)
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from ..tasks.data import PACKAGED, Selection, file_hash, use_fingerprint
 from ..files import foreign_settings, import_object, own_source, read_ini, reason, settings_files
 from ..tasks.glue import BadInput, TASKS, get_task
-from ..methods.core import Method, find_method, one_line
+from ..methods.core import Estimator, Method, find_method, one_line
 
 # %% ../../nbs/run/00_config.ipynb #b67fe367
 class RunConfig(BaseModel):
@@ -31,7 +31,7 @@ class RunConfig(BaseModel):
     data: str = Field("hub", description="hub, demo, or a folder (default of your own task: its data)")
     method: SerializeAsAny[Method] = Field(description="see `peft-study methods`, or package.module:Class")
     n_epochs: int = Field(3, ge=1, description="passes over the training set")
-    lr: float = Field(None, gt=0, validate_default=False, description="peak learning rate (default: the method's)")
+    lr: float|None = Field(None, gt=0, description="peak learning rate (default: the method's)")
     batch_size: int = Field(32, ge=1, description="over all processes")
     optimizer: str = Field("adamw", description="adamw, or package.module:function of parameter groups")
     betas: tuple[float, float] = Field((.9, .999), description="AdamW's β₁,β₂")
@@ -108,6 +108,7 @@ class RunConfig(RunConfig):
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must be at least 0 and less than 1, got {self.betas}")
         if self.optimizer != "adamw": self._check_own_optimizer()
+        for name in self.method.ignores: object.__setattr__(self, name, RunConfig.model_fields[name].default)
         if self.lr is None: object.__setattr__(self, "lr", self.method.default_lr)
         if self.pooling == "mean" and self.train_pooler:
             raise ValueError("train_pooler needs pooling 'model': a mean of tokens has no pooler")
@@ -265,6 +266,7 @@ class Study:
     questions: Questions|None = None
     declared: tuple[RunConfig, ...] = ()   # the grid of all methods, where `configs` are of some
     unequal: bool = False          # whether cells may choose from different numbers of configurations
+    left_out: tuple[str, ...] = () # a line for each method that does not learn some of the tasks
 
 # %% ../../nbs/run/00_config.ipynb #50b1657d
 def _method_of(section:str) -> str:
@@ -414,6 +416,14 @@ def _runs_of(ini:ConfigParser, name:str, overrides:dict, file:Path, auto:str|Non
         except BadInput as e: raise BadInput(f"{file.name} [{section}]: {e}") from None
         yield settings["method"], runs, decided
 
+def _learnable(configs) -> tuple[tuple, tuple]: # the runs, once each; a line for each method and task that is left out
+    runs, left_out = {}, {}
+    for c in configs:
+        why = c.method.refuses(get_task(c.task_name))
+        if why: left_out[f"{c.method.label} is left out on {c.task_name}: {why}"] = None
+        else: runs[c] = None
+    return tuple(runs), tuple(left_out)
+
 def _is_true(name:str, text:str) -> bool:
     if text.lower() in ConfigParser.BOOLEAN_STATES: return ConfigParser.BOOLEAN_STATES[text.lower()]
     raise BadInput(f"{name} must be true or false, got {text!r}")
@@ -440,17 +450,18 @@ def read_study(name:str,           # a section of the file
         if odd := [m for m in methods if m not in there]:
             raise BadInput(f"study {name!r} has no method {odd[0]!r}: it has {', '.join(there)}")
         kept = [(runs, decided) for method, runs, decided in sections if not methods or method in methods]
-        return tuple(dict.fromkeys(c for runs, _ in kept for c in runs)), next((d for _, d in kept if d), None)
-    configs, decided = runs(overrides, methods)
+        return _learnable(c for runs, _ in kept for c in runs), next((d for _, d in kept if d), None)
+    (configs, left_out), decided = runs(overrides, methods)
+    if left_out and not configs: raise BadInput(f"{file.name} [{name}]: nothing is left to run: {left_out[0]}")
     if not configs:
         wanted = f" for {overrides['task_name']}" if "task_name" in overrides else ""
         raise BadInput(f"{file.name}: study {name!r} has no section [{name}.METHOD]{wanted}")
-    declared, _ = runs(overrides)
+    (declared, _), _ = runs(overrides)
     asked = name in ini and "primary" in ini[name] and overrides
-    every, _ = runs({}) if asked else (declared, None)   # questions are about all of the study, whatever this call runs
+    every = runs({})[0][0] if asked else declared   # questions are about all of the study, whatever this call runs
     try: own = _own_settings(ini, name, overrides, configs, every)
     except BadInput as e: raise BadInput(f"{file.name} [{name}]: {e}") from None
-    return Study(overrides.get("study", name), configs, auto=decided, declared=declared, **own)
+    return Study(overrides.get("study", name), configs, auto=decided, declared=declared, left_out=left_out, **own)
 
 # %% ../../nbs/run/00_config.ipynb #aa92a787
 @patch
@@ -494,9 +505,10 @@ def final_runs(self:Study, chosen:dict # cell → the configuration to repeat, a
 # %% ../../nbs/run/00_config.ipynb #b395389b
 def unequal_budgets(study:Study) -> str|None:
     """A sentence that names the cells with the fewest and the most configurations to choose from, if these differ
-    within a task; tasks may differ."""
+    within a task; tasks may differ, and estimators have nothing to tune."""
     places = {}   # task, encoder, data → cell → how many configurations it tries
     for cell, configs in replace(study, configs=study.declared or study.configs).cells.items():
+        if isinstance(configs[0].method, Estimator): continue
         places.setdefault(cell[:3], {})[cell] = len({c.model_copy(update=dict(seed=0)) for c in configs})
     for tried in places.values():
         fewest, most = min(tried, key=tried.get), max(tried, key=tried.get)

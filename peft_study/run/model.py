@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['load_encoder_config', 'task_config', 'check_weights', 'check_tokenizer', 'check_precision', 'can_cache',
-           'positions_left', 'check_model', 'check_run', 'init_head', 'mean_of_tokens', 'MeanPooled', 'mean_pooled_',
-           'advice_on_pooling', 'check_loaded', 'check_values', 'build_model']
+           'positions_left', 'check_model', 'check_run', 'init_head', 'MeanPooled', 'mean_pooled_', 'advice_on_pooling',
+           'check_loaded', 'check_values', 'build_model']
 
 # %% ../../nbs/run/01_model.ipynb #a9c84b97
 import re
 from pathlib import Path
 from .config import RunConfig, check_optimizer
 from ..tasks.data import checkpoint_path, hub_reason, load_tokenizer, watch_network
-from ..encoders import FAMILIES, families_where, get_family, is_mean_pooled
+from ..encoders import FAMILIES, families_where, get_family, is_mean_pooled, mean_of_tokens
 from ..files import is_lfs_pointer, read_json, reason
 from ..tasks.glue import BadInput, get_task
 from ..methods.core import apply_method
@@ -130,6 +130,9 @@ def check_model(config:RunConfig): # the encoder's configuration
 
 def check_run(config:RunConfig):
     "`BadInput` if the model of a run cannot be built, or this machine or its optimiser cannot train it."
+    method = config.method
+    if why := method.refuses(get_task(config.task_name)) or method.missing():
+        raise BadInput(f"method {method.name!r}: {why}")
     check_precision(config.precision)
     check_optimizer(config.optimizer)
     check_model(config)
@@ -144,17 +147,6 @@ def init_head(model, seed:int):
             for name, p in model.get_submodule(path).named_parameters():
                 if name.endswith("bias"): p.zero_()
                 else: p.normal_(std=getattr(model.config, "initializer_range", .02), generator=generator)
-
-# %% ../../nbs/run/01_model.ipynb #fe2736e7
-def mean_of_tokens(hidden, # (batch, length, H)
-                   mask    # (batch, length) or longer, 1 for tokens; None: all are
-                  ):       # (batch, H)
-    "The mean of the last hidden states of the tokens, summed in fp32 at least."
-    import torch
-    if mask is None: return hidden.mean(1)
-    of_hidden = mask[:, -hidden.shape[1]:, None]   # a prefix comes before, and has no hidden states
-    exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    return ((exact * of_hidden).sum(1) / of_hidden.sum(1)).to(hidden.dtype)
 
 # %% ../../nbs/run/01_model.ipynb #4b89e7f1
 class MeanPooled:
@@ -192,7 +184,7 @@ def mean_pooled_(model # 🤗 …ForSequenceClassification, changed in place
 def advice_on_pooling(config:RunConfig) -> str|None:
     "A sentence for a checkpoint that was trained for means of tokens, and is read otherwise."
     file = Path(checkpoint_path(config.checkpoint))/"1_Pooling"/"config.json"
-    if config.pooling == "mean" or not file.is_file(): return None
+    if "pooling" in config.method.ignores or config.pooling == "mean" or not file.is_file(): return None
     try: found = read_json(file)
     except BadInput: return None   # the encoder may be as it should
     of_means = found.get("pooling_mode") == "mean" or found.get("pooling_mode_mean_tokens") is True

@@ -98,8 +98,8 @@ def fetch_wheels(packages,  # as pip is asked for them, without what they need i
     raise BadInput(f"pip cannot fetch wheels for Python {python} on {platform}: {reason(Exception(why))}")
 
 # %% ../../nbs/study/03_pack.ipynb #c106af70
-_PROJECT = ("settings.ini", "nbs/experiments/finetune.ipynb", "_quarto.yml", "reports/report.ipynb",
-            "reports/references.bib")
+_PROJECT = ("settings.ini", "nbs/experiments/finetune.ipynb", "nbs/experiments/fit.ipynb", "_quarto.yml",
+            "reports/report.ipynb", "reports/references.bib")
 
 def _copy(file, to):
     make_folder(to.parent)

@@ -6,12 +6,14 @@
 __all__ = ['CODES', 'PAUSE', 'ALONE', 'RunFailed', 'GpuLost', 'template', 'run_notebook', 'listed_gpus', 'gpu_trouble', 'devices',
            'work', 'all_results', 'device_of', 'on_one_device', 'estimate', 'execute', 'execute_stack', 'mps_runs',
            'mps', 'gpu_memory', 'number_from_1', 'job_count', 'stack_size', 'Local', 'record_study',
-           'runs_of_another_protocol', 'diverged', 'choose', 'SecondStage', 'Tally', 'noticing_interrupts', 'run_study']
+           'runs_of_another_protocol', 'diverged', 'choose', 'SecondStage', 'Tally', 'noticing_interrupts', 'installed',
+           'run_study']
 
 # %% ../../nbs/study/01_sweep.ipynb #8d4bb4ff
 import math, os, re, signal, sys, time
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +22,7 @@ from ..run.config import RunConfig, Study, best_precision, check_budgets
 from ..tasks.data import train_rows
 from ..files import read_text, reason, root, shortened
 from ..tasks.glue import TRAIN_ROWS, BadInput, get_task
+from ..methods.core import Method
 from ..run.kernels import ForkedKernel, begin, execute_notebook, settle, warm_up
 from ..run.predict import complete_predictions
 from .records import adopt
@@ -35,9 +38,9 @@ class GpuLost(RunFailed):
     "It was an error after which a process cannot use its GPU any more; in a new process the run may succeed."
 
 # %% ../../nbs/study/01_sweep.ipynb #3e53d3c5
-def template() -> Path:
+def template(method:type[Method]=Method) -> Path:
     "The notebook that a run executes."
-    return root()/"nbs"/"experiments"/"finetune.ipynb"
+    return root()/"nbs"/"experiments"/method.notebook
 
 # %% ../../nbs/study/01_sweep.ipynb #390e06b7
 def _progress(folder) -> str:
@@ -53,7 +56,7 @@ def _watch(folder, show, stop:Event):
 def _execute(config, folder, outputs, processes, minutes):
     kernel = type("RunKernel", (ForkedKernel,), dict(output=str(folder/"log.txt")))
     parameters = dict(outputs=str(outputs), processes=processes, checkpoint_minutes=minutes, **config.flat())
-    execute_notebook(template(), folder/"notebook.ipynb", parameters, kernel, cwd=os.getcwd())
+    execute_notebook(template(type(config.method)), folder/"notebook.ipynb", parameters, kernel, cwd=os.getcwd())
 
 # %% ../../nbs/study/01_sweep.ipynb #df93c45d
 def _try(config, folder, *args, attempts=2):
@@ -564,6 +567,14 @@ def noticing_interrupts():
     finally: signal.signal(signal.SIGINT, before)
 
 # %% ../../nbs/study/01_sweep.ipynb #508256f5
+def installed(study:Study) -> tuple[Study, list[str]]: # a line for each method that is left out
+    "The study without the methods whose libraries are not installed here."
+    why = {c.method: c.method.missing() for c in study.configs}
+    left_out = dict.fromkeys(f"{m.label} is left out: {text}" for m, text in why.items() if text)
+    kept = tuple(c for c in study.configs if not why[c.method])
+    if left_out and not kept: raise BadInput(next(iter(left_out)))
+    return replace(study, configs=kept), list(left_out)
+
 def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
               console=None # of rich
              ) -> tuple[list[Path], list[RunConfig]]: # folders that are complete, and configurations that failed
@@ -572,6 +583,8 @@ def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
     from rich.live import Live
     console = console or Console(stderr=True)
     def say(*lines): console.print(*lines, sep="\n  ", highlight=False, soft_wrap=True)
+    study, left_out = installed(study)
+    say(*study.left_out, *left_out)
     check_budgets(study)
     n = adopt(study.name, outputs)
     if why := runs_of_another_protocol(study.name, outputs): raise BadInput(why)
