@@ -65,7 +65,7 @@ def test_unreachable_ray(command, tmp_path):
 def test_dry_runs(command, tmp_path):
     "Every declared study lists its runs without a network; the scaling study has those of the reference study."
     rates = 2 * 3 + 3 * 4 + 5   # of six tasks
-    sizes = dict(core=5 * 8 * 4, labels=4 * 3 * 5 * 3 * 2, base=2 * 4 * 3)
+    sizes = dict(core=5 * 8 * 4, labels=4 * 3 * (5 * 3 * 2 + 2) + 2 * 3, base=2 * 4 * 3)
     sizes |= dict(small=rates * 12, methods=rates * 10, ablation_init=3 * 4 * 5, official=2 * 8 * 5,
                  encoders=33 * 3, glue=9 * (24 + 8 + 8), scaling=160)
     studies = {name: read_study(name, REPO/"settings.ini") for name in sizes}
