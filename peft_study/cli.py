@@ -179,7 +179,8 @@ def _encoder(checkpoint, n_outputs, pooling):
 def trainable_parameters(config) -> str:
     "By formula, where the encoder's configuration is at hand."
     from transformers import BertConfig
-    from peft_study.methods.core import expected_parameters
+    from peft_study.methods.core import Estimator, expected_parameters
+    if isinstance(config.method, Estimator): return "—"   # known when it is fitted
     n_outputs = get_task(config.task_name).n_outputs
     encoder = _encoder(config.checkpoint, n_outputs, config.pooling)
     # The defaults of BertConfig are this encoder's.
@@ -741,8 +742,10 @@ def bench_(tasks:Annotated[Optional[str], typer.Option(
 # %% ../nbs/02_cli.ipynb #c1000037
 def _describe(name:str) -> str:
     "A method in a few lines."
-    from peft_study.methods.core import find_method
+    from peft_study.methods.core import Estimator, find_method
     method = find_method(name)()
+    if isinstance(method, Estimator):
+        return f"{name:10} {method.trained}\n{'':10} nothing to tune\n{'':10} source      {method.source}\n"
     def shown(value): return ",".join(value) if isinstance(value, tuple) else value
     start = dict(exact="exactly", near="nearly", other="not")[method.start]
     rows = [method.trained, f"parameters  {method.formula}; and the head",
@@ -756,8 +759,8 @@ def _describe(name:str) -> str:
 def methods(names:Annotated[Optional[list[str]], typer.Argument(
                 help="only these; package.module:Class for your own")]=None):
     "The methods there are: what learns, how many parameters, who described it."
-    from peft_study.methods.core import method_names
-    for name in names or method_names(): print(_describe(name))
+    from peft_study.methods.core import ESTIMATORS, method_names
+    for name in names or [*method_names(), *ESTIMATORS]: print(_describe(name))
     print("H hidden size, L layers, F feed-forward width; m, r, k a method's size")
 
 # %% ../nbs/02_cli.ipynb #c100003b

@@ -139,12 +139,13 @@ class _LinearMethod(Estimator):
     def features(self, checkpoint:str, max_length:int): raise NotImplementedError
 
     def fit(self, train, config,
-            C:float|None=None # None: chosen
+            C:float|None=None, # None: chosen
+            features=None      # whose embeddings are known already
            ) -> Linear:
         task, y = get_task(config.task_name), [e.label for e in train]
         if not task.regression and len(set(y)) < 2:
             raise BadInput(f"method {self.name!r} needs training examples of two labels, got {len(y)} of one")
-        features = self.features(config.checkpoint, config.max_length).fit(train)
+        features = (features or self.features(config.checkpoint, config.max_length)).fit(train)
         x = features(train)
         C = C or best_strength(x, y, task, config.seed)
         return Linear(features, _linear(C, task.regression).fit(x, y), task.regression, task.n_outputs)
