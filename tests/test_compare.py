@@ -114,8 +114,10 @@ def compared(tmp_path, tiny, rows, **more):
 
 def test_shuffled_labels(tmp_path, tiny):
     "Where labels mean nothing, nothing is learned, and it says so."
-    answer, said = compared(tmp_path, tiny, ROWS, minutes=1)   # in which a slow machine fits baselines alone
+    to = tmp_path/"model"
+    answer, said = compared(tmp_path, tiny, ROWS, minutes=1, export=to)   # a slow machine fits baselines alone
     assert answer.best.name == "constant" and "nothing is learned" in said
+    assert "nothing is exported: no model is better than a constant prediction" in said and not to.exists()
     assert {"constant", "tfidf", "embeddings"} <= set(answer.table.method)
     page = (answer.folder/"answer.html").read_text()
     assert "nothing is learned" in page and "http" not in page   # nothing is loaded from elsewhere
@@ -154,6 +156,25 @@ def test_leak(tmp_path, tiny, monkeypatch):
         assert (labelled.filter(like="p(").sum(axis=1) - 1).abs().max() < 1e-4
     again = pipeline("text-classification", model=str(model))(some, truncation=True)
     assert [r["label"] for r in again] == labelled.predicted[:20].tolist()
+
+
+def test_setfit_where_labels_are_few(tmp_path, tiny, monkeypatch):
+    "It is run once and repeated like the others, the answer is held against it, and it leaves like the others."
+    from peft_study import classify
+    from peft_study.answer import compare as module
+    from peft_study.answer.plan import METHODS, candidates
+    monkeypatch.setattr(module, "candidates", lambda asked, *about: candidates(asked, *about)[-1:])   # the last alone
+    rows = [(f"{t} {'yes' if y == 'good' else 'no'}", y) for t, y in ROWS[:60]]
+    answer, said = compared(tmp_path, tiny, rows, methods=None)
+    assert list(METHODS)[-1] == "setfit" and "SetFit, its own settings: " in said
+    entry = answer.fine_tuned
+    assert entry.name == "setfit" and "plan: 3 baselines, then 4 runs" in said
+    assert len(list(answer.folder.glob("runs/*-setfit-*/result.json"))) == 4
+    answer.best = entry
+    module.export_best(answer, tmp_path/"model")
+    labelled = classify(tmp_path/"model", tmp_path/"rows.csv")
+    assert entry.predict([t for t, _ in rows]) == labelled.predicted.tolist()
+    assert "Fitted with setfit" in (tmp_path/"model/README.md").read_text()
 
 
 def test_goes_on_after_a_kill(tmp_path, tiny):

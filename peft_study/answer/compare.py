@@ -340,10 +340,11 @@ class Comparison(Comparison):
         for share in (.5, .25):
             n = round(share * (config.max_train_examples or self.source["train"]))
             part = config.model_copy(update=dict(study=f"{config.study}_curve", max_train_examples=n))
-            if not is_done(run_folder(part, outputs)):
-                if not self.clock.fits(self.seconds(part.method.name, share)): break
-                try: run_study(Study(part.study, (part,)), outputs, console=_quiet())
-                except BadInput: break   # a part too small to hold some of each label back
+            try:
+                if not is_done(run_folder(part, outputs)):
+                    if not self.clock.fits(self.seconds(part.method.name, share)): break
+                    run_study(Study(part.study, (part,)), outputs, console=_quiet())
+            except BadInput: break   # a part too small to hold some of each label back
             found.append(part)
         def point(config):
             result = read_result(run_folder(config, outputs))
