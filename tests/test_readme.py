@@ -55,7 +55,7 @@ def test_facts():
     "What is asked of a method that the study does not have is one line."
     core = Facts("core")
     with pytest.raises(BadInput, match="'lorra' is not reported on"): core.difference("lorra")
-    with pytest.raises(BadInput, match="'lora' is not reported on rte"): core.difference("lora")
+    with pytest.raises(BadInput, match="'adapter' is not reported on mrpc"): Facts("base").difference("adapter")
     with pytest.raises(BadInput, match="no published records"): Facts("no_such")
 
 
