@@ -48,7 +48,7 @@ def test_what_is_tracked_is_not_where_commands_write():
     assert of_quarto <= set((REPO/".gitignore").read_text().splitlines())
 
 
-TEMPLATES = ["nbs/experiments/finetune.ipynb", "nbs/experiments/explore.ipynb", "reports/report.ipynb"]
+TEMPLATES = [*(f"nbs/experiments/{name}.ipynb" for name in ("finetune", "fit", "explore")), "reports/report.ipynb"]
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_notebooks_use_the_repositorys_outputs(name, tmp_path):
