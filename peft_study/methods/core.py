@@ -381,7 +381,7 @@ class Estimator(Method):
                "max_grad_norm", "precision", "keep", "train_pooler", "pooling", "cache_frozen", "max_steps",
                "n_evaluations")
     libraries: ClassVar[tuple] = ()    # that compute: their versions stand in a result's provenance
-    decided_by: ClassVar[tuple] = ()   # the functions and classes here that decide what it finds
+    decided_by: ClassVar[tuple] = ()   # the functions, classes and numbers here that decide what it finds
 
     def fit(self, train, config): raise NotImplementedError   # examples, RunConfig → a `Fitted`
     def load(self, folder, checkpoint:str, n_outputs:int): raise NotImplementedError   # what `Fitted.save` wrote
@@ -395,7 +395,7 @@ def versions(self:Estimator) -> dict[str, str]:
 def canary(self:Estimator) -> str:
     "8 hex digits that name the code that decides: here, by its text, and in libraries, by their versions."
     import hashlib, inspect
-    own = "".join(map(inspect.getsource, self.decided_by))
+    own = "".join(inspect.getsource(part) if callable(part) else repr(part) for part in self.decided_by)
     return hashlib.sha256(f"{own}{self.versions()}".encode()).hexdigest()[:8]
 
 def is_estimator(name:str # of a method; a label does as well

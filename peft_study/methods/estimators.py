@@ -167,7 +167,7 @@ class Tfidf(_LinearMethod):
     trained = "a linear model of TF-IDF word counts, without the encoder"
     formula = "one a word and class"
     source = "Salton and Buckley 1988 (TF-IDF); scikit-learn"
-    decided_by = (WordCounts, best_strength, _linear)
+    decided_by = (WordCounts, best_strength, _linear, STRENGTHS, MOST_TO_CHOOSE)
 
     def features(self, checkpoint:str, max_length:int): return WordCounts()
 
@@ -179,7 +179,7 @@ class Embeddings(_LinearMethod):
     trained = "a linear model of the encoder's mean of tokens"
     formula = "none"
     source = "Reimers and Gurevych 2019 (sentence embeddings); scikit-learn"
-    decided_by = (TextEmbeddings, mean_of_tokens, best_strength, _linear)
+    decided_by = (TextEmbeddings, mean_of_tokens, best_strength, _linear, STRENGTHS, MOST_TO_CHOOSE)
 
     def features(self, checkpoint:str, max_length:int): return TextEmbeddings(checkpoint, max_length)
 
@@ -220,7 +220,7 @@ class SetFit(Estimator):
     formula = "all"
     source = "Tunstall et al. 2022; the library SetFit"
     libraries = ("setfit", "sentence-transformers", "scikit-learn")
-    decided_by = (setfit_steps,)
+    decided_by = (setfit_steps, SETFIT_STEPS, SETFIT_BATCH)
 
     def refuses(self, task) -> str|None:
         if task.regression: return "SetFit learns classes, and the labels are numbers"
@@ -231,9 +231,10 @@ class SetFit(Estimator):
 
     def fit(self, train, config) -> Contrasted:
         from datasets import Dataset
+        from datasets.utils.logging import disable_progress_bar
         from setfit import SetFitModel, Trainer, TrainingArguments
-        from transformers.utils import logging
-        logging.disable_progress_bar()
+        from transformers.trainer_callback import PrinterCallback, ProgressCallback
+        disable_progress_bar()
         y = [e.label for e in train]
         model = SetFitModel.from_pretrained(checkpoint_path(config.checkpoint))
         model.model_body.max_seq_length = config.max_length
@@ -241,7 +242,9 @@ class SetFit(Estimator):
         with TemporaryDirectory() as d:
             args = TrainingArguments(output_dir=d, max_steps=setfit_steps(y), batch_size=SETFIT_BATCH, seed=config.seed,
                                      save_strategy="no", logging_strategy="no", report_to="none")
-            Trainer(model=model, args=args, train_dataset=rows).train()
+            trainer = Trainer(model=model, args=args, train_dataset=rows)
+            for shows in (PrinterCallback, ProgressCallback): trainer.remove_callback(shows)
+            trainer.train()
         return Contrasted(model, get_task(config.task_name).n_outputs)
 
     def load(self, folder, checkpoint:str, n_outputs:int) -> Contrasted:
