@@ -1120,6 +1120,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'peft_study.results.plots._draw_scaling': ( 'results/plots.html#_draw_scaling',
                                                                                       'peft_study/results/plots.py'),
                                           'peft_study.results.plots._legend': ('results/plots.html#_legend', 'peft_study/results/plots.py'),
+                                          'peft_study.results.plots._name_axes': ( 'results/plots.html#_name_axes',
+                                                                                   'peft_study/results/plots.py'),
                                           'peft_study.results.plots._panels': ('results/plots.html#_panels', 'peft_study/results/plots.py'),
                                           'peft_study.results.plots._widen': ('results/plots.html#_widen', 'peft_study/results/plots.py'),
                                           'peft_study.results.plots.at_condition': ( 'results/plots.html#at_condition',

@@ -436,7 +436,7 @@ def forest(view:View):
     labels, where, colours = methods_in(found), list(dict.fromkeys(found["where"])), _colours(set(view.methods))
     across = min(2 if len(where) < 7 else 3, len(where))
     down, scale = -(-len(where) // across), _scale(found[found.n > 0])
-    size = (2.6 + 1.8 * across, (.6 + .3 * len(labels)) * down + .4)
+    size = (2.6 + 1.8 * across, (.6 + .28 * len(labels)) * down + .4)
     fig, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
     for ax in axes.flat[len(where):]: ax.axis("off")
     for ax, name in zip(axes.flat, where):
@@ -465,7 +465,7 @@ def _name_rows(ax, rows:list[list[str]]):
         for height, text in enumerate(column):
             ax.annotate(text, (0, height), (shift, 0), xycoords=("axes fraction", "data"), **style)
         ax.annotate(head, (0, 1), (shift, 11), xycoords="axes fraction", color="#666666", **style)
-        shift -= max(38, 5 * max(len(line) for text in column for line in text.split("\n")) + 8)   # points
+        shift -= max(38, 5.5 * max(len(line) for text in column for line in text.split("\n")) + 8)   # points
 
 # %% ../../nbs/report/01_tables.ipynb #9a72f5f2
 def difference_table(view:View, name:str="tbl-differences") -> str:
@@ -495,8 +495,8 @@ def parameters_figure(view:View):
         table = table[table.label != "head"].assign(parameters_trainable=table.own)
     if len(done(table)[["label", "size"]].drop_duplicates()) < 2: return None
     fig = score_vs_parameters(table, examples=view.examples)
-    fig.supxlabel(name, fontsize=10)
     for ax, condition in zip(fig.axes, condition_names(reported(table))):
+        if ax.get_xlabel(): ax.set_xlabel(name)
         probe = at_condition(view.best, condition)
         probe = 100 * probe.score[probe.label == "head"].mean()
         low, high = ax.get_ylim()

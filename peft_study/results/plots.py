@@ -83,7 +83,8 @@ def label_lines(ax, ends:dict, # name → (x, y, colour)
     points = {name: ax.transData.transform((x, y)) * 72 / ax.figure.dpi for name, (x, y, _) in ends.items()}
     frame = ax.get_window_extent()
     bottom, top, end = (72 * edge / ax.figure.dpi for edge in (frame.y0, frame.y1, frame.x1))
-    placed = []   # in points, of 1/72 inch
+    boxes = [text.get_window_extent() for text in ax.texts]   # what is written already
+    placed = [tuple(72 * at / ax.figure.dpi for at in (b.x0, b.x1, (b.y0 + b.y1) / 2)) for b in boxes]   # in points
     def is_free(left, right, height):
         on_a_point = any(left + 2 < x < right and abs(y - height) < size for x, y in points.values())
         on_a_name = any(left < r and l < right and abs(y - height) < size + 3 for l, r, y in placed)
@@ -220,6 +221,11 @@ def _panels(n:int, height:float=2.5):
     for ax in axes.flat[n:]: ax.axis("off")
     return fig, axes.flat[:n]
 
+def _name_axes(fig, axes, x:str, y:str):
+    "Below the last panel of each column, and once at the left."
+    for ax in axes[-axes[0].get_gridspec().ncols:]: ax.set_xlabel(x)
+    fig.supylabel(y, fontsize=10)
+
 def _legend(fig, lines:dict, title=None):
     "In the panel that is left over, or below."
     if not lines: return
@@ -247,7 +253,7 @@ def score_vs_parameters(table,        # rows of `results.load_runs`
     "A panel a condition: a task, an encoder, a data set."
     runs = reported(table)
     conditions, colours = condition_names(runs), _colours(set(runs.label))
-    fig, axes = _panels(len(conditions), 3.)
+    fig, axes = _panels(len(conditions))
     ground, drawn = None if examples is None else floors(table, examples), []
     for ax, (condition, name) in zip(axes, conditions.items()):
         known = (published or {}).get(condition[0])
@@ -256,8 +262,7 @@ def score_vs_parameters(table,        # rows of `results.load_runs`
         name = f"{name}: {shown_metrics(condition[0])}" + "\n(dashed: published, BERT-base)" * (known is not None)
         ax.set_title(name, fontsize=10)
         ax.set(xlabel="", ylabel="")
-    fig.supxlabel("trainable parameters", fontsize=10)
-    fig.supylabel("dev score, %", fontsize=10)
+    _name_axes(fig, axes, "trainable parameters", "dev score, %")
     fig.suptitle(title, fontsize=10, parse_math=False)   # a path may have dollars in it
     fig.canvas.draw()
     for ax, ends in drawn: label_lines(ax, ends)
@@ -334,8 +339,7 @@ def expected_best_figure(table):
         ax.set_title(name, fontsize=10)
         ax.grid(alpha=.25)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    fig.supxlabel("configurations tried", fontsize=10)
-    fig.supylabel("expected dev score, %", fontsize=10)
+    _name_axes(fig, axes, "configurations tried", "expected dev score, %")
     _legend(fig, lines)
     return fig
 
@@ -391,7 +395,6 @@ def curves_by_condition(epochs): # rows of `epoch_scores`
         ax.set_title(f"{name}: {shown_metrics(condition[0])}", fontsize=10)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=.25)
-    fig.supxlabel("epoch", fontsize=10)
-    fig.supylabel("dev score, %", fontsize=10)
+    _name_axes(fig, axes, "epoch", "dev score, %")
     _legend(fig, lines)
     return fig
