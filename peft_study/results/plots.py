@@ -210,13 +210,13 @@ def _draw_scaling(ax, runs, colours, band, published):
     return ends
 
 # %% ../../nbs/results/02_plots.ipynb #3e62c8f1
-def _panels(n:int, height:float=2.5):
+def _panels(n:int):
     """Figure and axes of n panels, two in a row: on a phone and in print their type is near the size of the text. More
     than six are three in a row."""
     across = min(n, 2) or 1
     if n > 6: across = 3
     rows = -(-n // across) or 1
-    size = (max(4.5, 3 * across), height * rows + .5)
+    size = (max(4.5, 3 * across), 2.2 * rows + .5)
     fig, axes = plt.subplots(rows, across, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[n:]: ax.axis("off")
     return fig, axes.flat[:n]
