@@ -47,6 +47,7 @@ def check_page(folder):
     for link in page.links:
         if link.startswith("#"): assert link[1:] in page.ids, link
         elif link.startswith("runs.html#"): assert link.split("#")[1] in runs.ids, link
+        elif link == "report.pdf": assert (folder/link).is_file()   # Quarto links its other formats
         else: assert link.startswith("https://"), link
     files = [link for link in runs.links if link.startswith("../")]
     assert files and all((folder/link).exists() for link in files)

@@ -22,7 +22,7 @@ class Full(Method):
     stacks = ()
     sized_by = ("k", "top_k")
     start = "exact"
-    trained = "the encoder's own weights"
+    trained = "the encoder's own weights; top_k: those of the top k layers"
     formula = "all; top_k=k: k (4H² + 2HF + 9H + F), and the pooler"
     source = "Devlin et al. 2019; Howard and Ruder 2018"
     mergeable = True   # it changes the encoder's own weights, or none

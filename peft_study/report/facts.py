@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from ..files import BadInput, root
 from .report import render, with_whole_words
 from .tables import with_parts
-from ..results.plots import _colours, number, shown_method, shown_metrics, shown_name
+from ..results.plots import _colours, _legend, number, shown_method, shown_metrics, shown_name, wrapped
 from ..results.table import (CONDITION, DevExamples, answers, asked, best_sizes, cell_means, done,
                                       epoch_scores, floors, load_runs, paired, runs_of)
 from ..run.kernels import execute_notebook
@@ -150,7 +150,7 @@ def facts(study:str) -> Facts:
     "The published records of a study, read once."
     return Facts(study)
 
-# %% ../../nbs/report/03_facts.ipynb #3a61ed18
+# %% ../../nbs/report/03_facts.ipynb #11bc0067
 @patch
 def where(self:Facts, **settings) -> Facts:
     "The runs with these settings: `where(max_train_examples=100)`."
@@ -170,8 +170,9 @@ def forest(study:Facts, rows:dict[str, Difference], # label → its difference
            names:dict[str, str]={},                 # label → what the row is called
            margin:float|None=None):
     "Differences to full fine-tuning in points, with what each method trains beside the head and saves for a task."
-    fig, ax = plt.subplots(figsize=(9, 1.2 + .48 * len(rows)), layout="constrained", facecolor="white")
-    colours, across = _colours(rows), ("axes fraction", "data")
+    fig, ax = plt.subplots(figsize=(7.2, 1.2 + .48 * len(rows)), layout="constrained", facecolor="white")
+    colours = _colours(rows)
+    beside = dict(xycoords=("axes fraction", "data"), textcoords="offset points", va="center", ha="right")
     ax.axvline(0, color="#888888", lw=1)
     if margin:
         ax.axvspan(-margin, 0, color="#e8f0e8", zorder=0)
@@ -179,51 +180,56 @@ def forest(study:Facts, rows:dict[str, Difference], # label → its difference
     for height, (label, d) in enumerate(rows.items()):
         ax.plot([d.low, d.high], [height, height], color=colours[label], lw=3, solid_capstyle="round")
         ax.plot(d.mean, height, "o", color=colours[label], ms=9)
-        for place, words in ((1.24, f"{study.parameters(label):,}"), (1.46, f"{study.megabytes(label):.1f} MB")):
-            ax.annotate(words, (place, height), xycoords=across, va="center", ha="right", fontsize=12)
+        for shift, words in ((82, f"{study.parameters(label):,}"), (142, f"{study.megabytes(label):.1f} MB")):
+            ax.annotate(words, (1, height), (shift, 0), fontsize=12, **beside)
     few = {label: f", {d.tasks} tasks" if d.tasks < len(study.tasks()) else "" for label, d in rows.items()}
-    ax.set_yticks(range(len(rows)), [names.get(m, shown_method(m)) + few[m] for m in rows], fontsize=13)
+    ax.set_yticks(range(len(rows)), [wrapped(names.get(m, shown_method(m)) + few[m], 24) for m in rows], fontsize=13)
     ax.tick_params(axis="x", labelsize=12)
     ax.set_ylim(len(rows) - .5, -.6)
     ax.xaxis.set_major_formatter(lambda value, _: number(value, "g"))
     ax.set_xlabel("points above full fine-tuning", fontsize=12)
-    for place, words in ((1.24, "trained"), (1.46, "on disk")):
-        ax.annotate(words, (place, 1.01), xycoords="axes fraction", va="bottom", ha="right", fontsize=11)
+    for shift, words in ((82, "trained"), (142, "on disk")):
+        ax.annotate(words, (1, -.8), (shift, 0), fontsize=11, **beside)
     for side in ("top", "right", "left"): ax.spines[side].set_visible(False)
     ax.grid(axis="x", alpha=.25)
     return fig
 
 # %% ../../nbs/report/03_facts.ipynb #0d2d6b7f
-def epochs_figure(study:Facts, labels:dict[str, list[str]] # label → tasks
-                 ):
+def epochs_figure(study:Facts, labels:dict[str, list[str]], # label → tasks
+                  names:dict[str, str]={}):                 # label → what the line is called
     "Points above full fine-tuning after each epoch."
-    fig, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-    for label, colour in _colours(labels).items():
-        points = study.by_epoch(label, tasks=labels[label])
-        ax.plot(range(1, len(points) + 1), points, "o-", ms=3.5, color=colour, label=shown_method(label))
+    fig, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    colours, lines = _colours(labels), {}
+    for label, tasks in labels.items():
+        points = study.by_epoch(label, tasks=tasks)
+        style = dict(ms=3.5, color=colours[label])
+        lines[names.get(label, shown_method(label))], = ax.plot(range(1, len(points) + 1), points, "o-", **style)
     ax.axhline(0, color="#888888", lw=1)
     ax.set_xlabel("epoch")
     ax.set_ylabel("points above full fine-tuning")
-    ax.yaxis.set_major_formatter(lambda value, _: number(value, "g"))
-    ax.legend(fontsize=8, frameon=False, ncols=2)
-    ax.grid(alpha=.25)
+    _finish(fig, ax, lines)
     return fig
 
-def rates_figure(study:Facts, labels):
+def rates_figure(study:Facts, labels, names:dict[str, str]={}):
     "Mean tuning score over the tasks of each method at each learning rate, below the method's best."
-    fig, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-    for label, colour in _colours(labels).items():
+    fig, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    colours, lines = _colours(labels), {}
+    for label in labels:
         means = study.grid(label).mean(axis=1)
-        ax.plot(means.index, means - means.max(), "o-", ms=4, color=colour, label=shown_method(label))
+        style = dict(ms=4, color=colours[label])
+        lines[names.get(label, shown_method(label))], = ax.plot(means.index, means - means.max(), "o-", **style)
     ax.set_xscale("log")
     ax.set_xlabel("learning rate")
     ax.set_ylabel("points below the method's best")
-    ax.yaxis.set_major_formatter(lambda value, _: number(value, "g"))
-    ax.legend(fontsize=8, frameon=False)
-    ax.grid(alpha=.25)
+    _finish(fig, ax, lines)
     return fig
 
-# %% ../../nbs/report/03_facts.ipynb #3582d7f1
+def _finish(fig, ax, lines):
+    ax.yaxis.set_major_formatter(lambda value, _: number(value, "g"))
+    ax.grid(alpha=.25)
+    _legend(fig, lines)
+
+# %% ../../nbs/report/03_facts.ipynb #66f8db21
 def labels_figure(study:Facts, methods, tasks):
     "Score against the number of labels, and seconds to train: a panel a task, a line a method."
     fig, axes = plt.subplots(2, len(tasks), figsize=(1.5 + 3.6 * len(tasks), 5.6), layout="constrained", sharex=True,
@@ -247,7 +253,7 @@ def labels_figure(study:Facts, methods, tasks):
         below.minorticks_off()
     for ax in axes.flat: ax.grid(alpha=.25)
     lines = {line.get_label(): line for ax in axes[0] for line in ax.get_lines()}
-    fig.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    _legend(fig, lines)
     return fig
 
 # %% ../../nbs/report/03_facts.ipynb #25180ca5

@@ -63,8 +63,9 @@ def as_it_is(text:str) -> str:
     return re.sub(r"([!-/:-@\[-`{}~])", r"\\\1", " ".join(str(text).split()))
 
 def unbroken(text:str) -> str:
-    "With spaces at which no line ends in sizes, and before half of an interval: `r = 4`, `84.4 ± 1.7`."
-    return re.sub(r"(?<=\b[kmnr]) = (?=\d)| ± (?=\d)", lambda sign: sign[0].replace(" ", "\u00a0"), text)
+    "With spaces at which no line ends in sizes, intervals and units: `r = 4`, `84.4 ± 1.7`, `(−1.6 to 0.8)`, `0.7 MB`."
+    spaces = r"(?<=\b[kmnr]) = (?=\d)| ± (?=\d)|(?<=\d) to (?=[−+]?[\d.]+\))|(?<=\d) (?=MB\b)"
+    return re.sub(spaces, lambda found: found[0].replace(" ", "\u00a0"), text)
 
 # %% ../../nbs/report/00_report.ipynb #q30c0001
 @cache

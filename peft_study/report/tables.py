@@ -9,9 +9,9 @@ __all__ = ['DECISIONS', 'listed', 'span', 'rates', 'seed_list', 'named', 'short_
            'used_of_training', 'data_table', 'untrained', 'question_table', 'former_questions', 'cell_names',
            'main_table', 'size_table', 'forest', 'difference_table', 'parameters_figure', 'parameters_table',
            'optimism_table', 'dev_selected_table', 'edges', 'edge_table', 'cost_table', 'cost_by_task', 'pair_table',
-           'paired_table', 'with_others', 'other_methods', 'others_table', 'not_run', 'missing_table', 'methods_table',
-           'setup_table', 'settings_table', 'environment_table', 'runs_table', 'curves_figure', 'tuning_figure',
-           'cost_figure', 'folded']
+           'paired_table', 'with_others', 'other_methods', 'others_table', 'not_run', 'mixed_times', 'missing_table',
+           'methods_table', 'setup_table', 'settings_table', 'environment_table', 'runs_table', 'curves_figure',
+           'tuning_figure', 'cost_figure', 'folded']
 
 # %% ../../nbs/report/01_tables.ipynb #168456c1
 import math, re
@@ -30,7 +30,7 @@ from ..methods.core import find_method, is_estimator
 from .report import Trace, as_it_is, cited, is_synthetic, markdown_table, percent, points
 from ..results.plots import (_colours, at_condition, condition_names, cost_vs_score,
                                       curves_by_condition, expected_best_figure, number, plt, score_vs_parameters,
-                                      shown_encoder, shown_method, shown_metrics, shown_size)
+                                      shown_encoder, shown_method, shown_metrics, shown_size, wrapped)
 from ..results.table import (CELL, CONDITION, DevExamples, answers, asked, best_sizes, cell_means,
                                       compare_pairs, dev_selected, differences, different_threads, done,
                                       epoch_scores, floors, learned, load_runs, methods_in, not_reported, paired,
@@ -423,7 +423,7 @@ def _draw_rows(ax, rows, labels:list[str], colours:dict, low, high):
     "A dot and its interval for each row; a triangle with the number for what is beyond the scale."
     for r in rows.itertuples():
         height, colour, difference = labels.index(r.label), colours[r.label], 100 * r.difference
-        if r.n == 0: ax.text((low + high) / 2, height, "no answer yet", fontsize=7, color="#777777", va="center",
+        if r.n == 0: ax.text((low + high) / 2, height, "no answer yet", fontsize=9, color="#777777", va="center",
                              ha="center", bbox=dict(fc="white", ec="none", pad=1))
         elif low < difference < high:
             ax.plot([100 * r.low, 100 * r.high], [height, height], color=colour, lw=1.5)
@@ -432,7 +432,7 @@ def _draw_rows(ax, rows, labels:list[str], colours:dict, low, high):
             edge, mark, side, shift = (low, "<", "left", 6) if difference < low else (high, ">", "right", -6)
             ax.plot(edge, height, mark, color=colour, ms=5, clip_on=False)
             ax.annotate(number(difference, ".0f"), (edge, height), (shift, 0), textcoords="offset points", ha=side,
-                        va="center", color=colour, fontsize=8)
+                        va="center", color=colour, fontsize=9)
 
 # %% ../../nbs/report/01_tables.ipynb #ae730115
 def forest(view:View):
@@ -440,36 +440,38 @@ def forest(view:View):
     found = compared(view) if baseline(view) else pd.DataFrame(dict(n=[]))
     if not found.n.any(): return None
     labels, where, colours = methods_in(found), list(dict.fromkeys(found["where"])), _colours(set(view.methods))
-    across = min(3, len(where))
+    across = min(2 if len(where) < 7 else 3, len(where))
     down, scale = -(-len(where) // across), _scale(found[found.n > 0])
-    size = (3. + 2.1 * across, (.75 + .24 * len(labels)) * down + .5)
+    size = (2.6 + 1.8 * across, (.6 + .28 * len(labels)) * down + .4)
     fig, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
     for ax in axes.flat[len(where):]: ax.axis("off")
     for ax, name in zip(axes.flat, where):
         ax.axvline(0, color="#999999", lw=1, zorder=0)
         if view.questions and view.questions.margin: ax.axvline(-view.questions.margin, color="#999999", lw=1, ls=":")
         _draw_rows(ax, found[found["where"] == name], labels, colours, *scale)
-        ax.set_title(name, fontsize=9)
+        ax.set_title(name, fontsize=10)
         ax.grid(alpha=.25)
         ax.tick_params(axis="y", length=0)
-        ax.tick_params(axis="x", labelbottom=True, labelsize=8)
+        ax.tick_params(axis="x", labelbottom=True, labelsize=9)
         ax.xaxis.set_major_formatter(lambda value, _: number(value, "g"))
     axes[0, 0].set(xlim=scale, ylim=(len(labels) - .4, -.6), yticks=range(len(labels)))
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(5))
     for ax in axes[:, 0]: _name_rows(ax, [_beside(view, label) for label in labels])
-    fig.supxlabel(f"points above {shown_method(baseline(view))}", fontsize=9)
+    fig.supxlabel(f"points above {shown_method(baseline(view))}", fontsize=10)
     return fig
 
 def _name_rows(ax, rows:list[list[str]]):
     "Names, own parameters and megabytes at the left of an axis, with a head."
     ax.set_yticks(range(len(rows)), [""] * len(rows))
-    shift, columns, heads = -6, list(zip(*rows)), ("", "own\nparameters", "saved,\nMB")
+    columns = list(zip(*[(wrapped(name, 22), *others) for name, *others in rows]))
+    shift, heads = -9, ("", "own\nparam.", "saved,\nMB")
     for column, head in reversed(list(zip(columns, heads))):
-        style = dict(textcoords="offset points", ha="right", va="center", fontsize=8, annotation_clip=False)
+        style = dict(textcoords="offset points", ha="right", va="center", fontsize=9, linespacing=1.1,
+                     annotation_clip=False)
         for height, text in enumerate(column):
             ax.annotate(text, (0, height), (shift, 0), xycoords=("axes fraction", "data"), **style)
-        ax.annotate(head, (0, 1), (shift, 8), xycoords="axes fraction", color="#666666", **style | dict(fontsize=7))
-        shift -= max(38, 4.8 * max(map(len, column)) + 8)   # points, at this size of type
+        ax.annotate(head, (0, 1), (shift, 11), xycoords="axes fraction", color="#666666", **style)
+        shift -= max(38, 5.5 * max(len(line) for text in column for line in text.split("\n")) + 8)   # points
 
 # %% ../../nbs/report/01_tables.ipynb #9a72f5f2
 def difference_table(view:View, name:str="tbl-differences") -> str:
@@ -500,13 +502,13 @@ def parameters_figure(view:View):
     if len(done(table)[["label", "size"]].drop_duplicates()) < 2: return None
     fig = score_vs_parameters(table, examples=view.examples)
     for ax, condition in zip(fig.axes, condition_names(reported(table))):
-        ax.set_xlabel(name, fontsize=9)
+        if ax.get_xlabel(): ax.set_xlabel(name)
         probe = at_condition(view.best, condition)
         probe = 100 * probe.score[probe.label == "head"].mean()
         low, high = ax.get_ylim()
         if not own or not low < probe < high: continue
         ax.axhline(probe, color="#666666", ls="--", lw=1, zorder=0)
-        ax.text(.99, probe, "linear probe", transform=ax.get_yaxis_transform(), color="#666666", fontsize=7, ha="right",
+        ax.text(.99, probe, "linear probe", transform=ax.get_yaxis_transform(), color="#666666", fontsize=9, ha="right",
                 va="bottom")
     return fig
 
@@ -761,6 +763,12 @@ def _command_with(view:View, method:str) -> str:
     return command_of(RunConfig(method=method, **config.model_dump(exclude={"method", "lr"})))
 
 # %% ../../nbs/report/01_tables.ipynb #de7b8a56
+def mixed_times(runs) -> list[str]: # names of methods
+    "Of which the mean cost is over several devices."
+    if "provenance_device" not in runs: return []
+    devices = runs.groupby("label").provenance_device.nunique()
+    return [shown_method(label) for label in methods_in(runs) if devices[label] > 1]
+
 def missing_table(view:View) -> str:
     "Markdown: a row a kind of thing that is missing or left out; empty where nothing is."
     runs, ground, left = view.runs, floors(view.table, view.examples), not_reported(view.table)
@@ -776,6 +784,7 @@ def missing_table(view:View) -> str:
             ("other code or canary than the newest run", runs.run_id[runs.other_code]),
             ("questions before they were changed, after the first run", former_questions(view)),
             ("different numbers of threads, so that last bits may differ", different_threads(runs)),
+            ("runs on several devices: the means of time and memory mix them", mixed_times(runs)),
             ("without predictions: intervals are over seeds alone", [f"{silent} of {len(runs)} runs"] * bool(silent)),
             ("fewer than three seeds: no intervals, no tests", [f"{seeds} a cell"] * (seeds < 3)),
             ("not shown to have learned (‡)", _not_learned(view)),
@@ -832,7 +841,7 @@ def setup_table(view:View) -> str:
         try: own = _own_settings(find_method(runs.method.iloc[0]), runs)
         except BadInput: own = ""
         steps = ["—"] * 2 if is_estimator(label) else [span(runs.n_epochs), span(runs.batch_size)]
-        rows.append([shown_method(label), sizes, rates(runs.lr), *steps, own, len(runs)])
+        rows.append([shown_method(label), sizes, rates(runs.lr), *steps, own or "—", len(runs)])
     header = ["method", "sizes", "learning rates", "epochs", "batch", "own settings", "runs"]
     return _without_empty_columns(header, rows, right=6)
 
@@ -874,7 +883,8 @@ def environment_table(view:View) -> str:
     hidden = ("finished", "resumed", "data_fingerprint", "use_fingerprint", "checkpoint_fingerprint", "canary")
     columns = [c for c in view.runs if c.startswith("provenance_") and c.removeprefix("provenance_") not in hidden]
     names = {c: c.removeprefix("provenance_").removeprefix("versions_") for c in columns}
-    rows = [[as_it_is(name), as_it_is(span(view.runs[c]))] for c, name in names.items()]
+    clear = dict(code="hash of the code", stacked="runs trained as one")
+    rows = [[as_it_is(clear.get(name, name)), as_it_is(span(view.runs[c]))] for c, name in names.items()]
     rows = [row for row in rows if row[1] != "—"]
     return markdown_table(["what", "values"], rows, right=2) if rows else ""
 
