@@ -175,8 +175,8 @@ def forest(study:Facts, rows:dict[str, Difference], # label → its difference
     beside = dict(xycoords=("axes fraction", "data"), textcoords="offset points", va="center", ha="right")
     ax.axvline(0, color="#888888", lw=1)
     if margin:
-        ax.axvspan(-margin, 0, color="#e8f0e8", zorder=0)
-        ax.annotate("margin", (-margin / 2, -.55), ha="center", va="bottom", fontsize=11, color="#557755")
+        ax.axvline(-margin, color="#557755", lw=1.2, ls="--", zorder=0)
+        ax.annotate(f"margin −{margin:g}", (-margin, -.6), ha="center", va="bottom", fontsize=11, color="#557755")
     for height, (label, d) in enumerate(rows.items()):
         ax.plot([d.low, d.high], [height, height], color=colours[label], lw=3, solid_capstyle="round")
         ax.plot(d.mean, height, "o", color=colours[label], ms=9)
