@@ -47,7 +47,7 @@ def test_claims(tmp_path, monkeypatch):
     for run in worse:
         if run["config"]["method"] == "adapter": run["result"]["score"] -= .05
     (records/"runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in worse))
-    with pytest.raises(AssertionError, match="stay within 1.5 points of full fine-tuning"):
+    with pytest.raises(AssertionError, match="within 1.5 points of full fine-tuning"):
         written_paper(Facts("core", records))
 
 

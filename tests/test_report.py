@@ -266,7 +266,7 @@ def test_paper(tmp_path):
     page = Page(render_with_pandoc(tmp_path/"paper.ipynb")[0].read_text())
     assert not unresolved(page) and "Houlsby" in page.text and "Table 2" in page.text
     assert all(link.startswith(("#", "https://")) for link in page.links)
-    assert page.text.count("The default.") == 1
+    assert page.text.count("Take adapters") == 2
     text = (tmp_path/"paper.ipynb").read_text()
     assert "/home/" not in text and "/work" not in text and "/tmp" not in text
     assert "reports/paper.ipynb" in (REPO/"_quarto.yml").read_text()
