@@ -3,7 +3,7 @@ import subprocess, sys
 import pytest
 from conftest import REPO
 from peft_study.run.config import RunConfig, _run_id
-from peft_study.methods.core import find_method, method_names
+from peft_study.methods.core import ESTIMATORS, find_method, method_names
 from peft_study.run.runs import code_files
 
 # A default that is changed gives finished runs another meaning under the same name. New settings come with a default
@@ -28,7 +28,10 @@ METHODS = dict( # default learning rate, settings, and the identity of a run wit
     layernorm=(2e-3, {}, "rte-layernorm-all-s0-8e47c225"),
     lora=(1e-3, LORA, "rte-lora-r8-s0-c3115367"),
     prefix=(1e-2, dict(prefix_length=10, reparam=None), "rte-prefix-n10-s0-f0871133"),
-    prompt=(1e-2, dict(prompt_length=20, read="cls"), "rte-prompt-n20-s0-48b44b09"))
+    prompt=(1e-2, dict(prompt_length=20, read="cls"), "rte-prompt-n20-s0-48b44b09"),
+    tfidf=(None, {}, "rte-tfidf-all-s0-a794f90c"),
+    embeddings=(None, {}, "rte-embeddings-all-s0-28b424d0"),
+    setfit=(None, {}, "rte-setfit-all-s0-73e06f7c"))
 
 
 def id_but_for_data(config):
@@ -43,7 +46,7 @@ def defaults(model):
 def test_common_defaults(): assert defaults(RunConfig) == COMMON
 
 
-def test_every_method_is_pinned(): assert set(method_names()) == set(METHODS)
+def test_every_method_is_pinned(): assert {*method_names(), *ESTIMATORS} == set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
