@@ -240,7 +240,7 @@ def labels_figure(study:Facts, methods, tasks):
     for (above, below), task in zip(axes.T, tasks):
         for label, colour in _colours(methods).items():
             there = [n for n, part in parts.items() if task in part.tasks(label)]
-            rows = [cells[n].query("label == @label and task_name == @task").iloc[0] for n in there]
+            rows = [cells[n][(cells[n].label == label) & (cells[n].task_name == task)].iloc[0] for n in there]
             scores, seconds = [100 * r.score for r in rows], [parts[n].seconds(label, task) for n in there]
             above.plot(there, scores, "o-", color=colour, label=shown_method(label))
             low, high = [100 * r.low for r in rows], [100 * r.high for r in rows]
