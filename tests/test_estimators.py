@@ -4,7 +4,7 @@ from importlib import util
 from pathlib import Path
 import numpy as np, pytest
 from conftest import PROGRAM, kill_tree
-from peft_study.methods.core import ESTIMATORS, find_method
+from peft_study.methods.core import ESTIMATORS, OFFICIAL, find_method, method_names
 from peft_study.methods.estimators import best_strength
 from peft_study.run.config import RunConfig, check_budgets, read_study
 from peft_study.run.predict import evaluate, load_fitted, predict_split
@@ -165,3 +165,8 @@ def test_export_says_why_not(tiny, tmp_path, command):
     folder, = train([config_of(tiny, "tfidf")], tmp_path)
     code, _, err = command("export", folder, "--to", tmp_path/"out", takes_outputs=False)
     assert code == 2 and "is no module in the encoder" in err and len(err.splitlines()) == 1
+
+def test_colours():
+    "Each method has a colour of its own in figures, but for 🤗 PEFT's, which have a shade of ours."
+    own = [find_method(name).colour for name in (*method_names(), *ESTIMATORS) if name not in OFFICIAL]
+    assert None not in own and len(set(own)) == len(own)

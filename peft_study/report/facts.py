@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 from fastcore.basics import patch
+from matplotlib.ticker import NullLocator
 from ..files import BadInput, root
 from .report import render, with_whole_words
 from .tables import with_parts
@@ -250,7 +251,7 @@ def labels_figure(study:Facts, methods, tasks):
         above.set(xscale="log", ylabel=f"{shown_metrics(task)} on dev, %")
         below.set(yscale="log", xlabel="labelled examples", ylabel="seconds to train")
         below.set_xticks(list(parts), [f"{n:,}" for n in parts])
-        below.minorticks_off()
+        below.xaxis.set_minor_locator(NullLocator())
     for ax in axes.flat: ax.grid(alpha=.25)
     lines = {line.get_label(): line for ax in axes[0] for line in ax.get_lines()}
     _legend(fig, lines)
