@@ -67,8 +67,9 @@ class Method(BaseModel):
         "As in RunConfig.method: the module's name, or `package.module:Class` for one's own."
         cls = type(self)
         package, _, module = cls.__module__.rpartition(".")
-        if package != "peft_study.methods": return f"{cls.__module__}:{cls.__name__}"
-        return cls.called or module
+        is_ours = package == "peft_study.methods"
+        if "called" in vars(cls) and (is_ours or module == "__main__"): return cls.called
+        return module if is_ours else f"{cls.__module__}:{cls.__name__}"
 
     @property
     def size(self) -> str:
