@@ -402,6 +402,7 @@ def canary(self:Estimator) -> str:
 def is_estimator(name:str # of a method; a label does as well
                 ) -> bool:
     "Whether a method is no module in the encoder; False for one that cannot be imported here."
+    if not isinstance(name, str): return False   # of a run that cannot be read
     try: return issubclass(find_method("full" if name.startswith("top_k") else name.split()[0]), Estimator)
     except BadInput: return False
 

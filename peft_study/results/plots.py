@@ -223,7 +223,7 @@ def _panels(n:int):
 
 def _name_axes(fig, axes, x:str, y:str):
     "Below the last panel of each column, and once at the left."
-    for ax in axes[-axes[0].get_gridspec().ncols:]: ax.set_xlabel(x)
+    for ax in [*axes][-fig.axes[0].get_gridspec().ncols:]: ax.set_xlabel(x)   # of a study without results there is none
     fig.supylabel(y, fontsize=10)
 
 def _legend(fig, lines:dict, title=None):
