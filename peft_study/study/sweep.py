@@ -584,7 +584,7 @@ def run_study(study:Study, outputs="outputs", engine=None, # `Local` by default
     console = console or Console(stderr=True)
     def say(*lines): console.print(*lines, sep="\n  ", highlight=False, soft_wrap=True)
     study, left_out = installed(study)
-    say(*study.left_out, *left_out)
+    for line in (*study.left_out, *left_out): say(line)
     check_budgets(study)
     n = adopt(study.name, outputs)
     if why := runs_of_another_protocol(study.name, outputs): raise BadInput(why)
