@@ -1,8 +1,8 @@
 """AutoGluon's MultiModalPredictor on the split that `peft-study compare` wrote: python run_autogluon.py DATA OUT
 
 DATA is the folder `data` of a comparison, with train.csv and dev.csv, whose last column is the label; OUT is made, and
-gets the predictor, what it says of dev, and a record. The encoder is a folder (--checkpoint). It needs an environment of
-its own with autogluon.multimodal. With torch's CPU build install torchvision and timm with --no-deps: torchvision's
+gets the predictor, what it says of dev, and a record. The encoder is a folder (--checkpoint). It needs an environment
+of its own with autogluon.multimodal. With torch's CPU build install torchvision and timm with --no-deps: torchvision's
 compiled operators do not load beside it, and texts need none of them."""
 import os
 os.environ |= dict(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
@@ -45,8 +45,9 @@ given = COMMON | SETTINGS[args.settings] | {"model.hf_text.checkpoint_name": arg
 predictor.fit(train, time_limit=60 * args.minutes, hyperparameters=given, seed=0)
 said = predictor.predict(dev.drop(columns=label)).to_numpy()
 pd.DataFrame(dict(label=dev[label], said=said)).to_csv(args.out/"dev_predictions.csv", index=False)
+size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 record = dict(settings=args.settings, minutes=args.minutes, seconds=time.monotonic() - start,
-              trained=predictor.trainable_parameters, bytes=sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
+              trained=predictor.trainable_parameters, bytes=size,
               threads=torch.get_num_threads(),
               versions={n: version(n) for n in ("autogluon.multimodal", "torch", "transformers", "lightning")})
 (args.out/"autogluon.json").write_text(json.dumps(record, indent=1))
